@@ -1,0 +1,96 @@
+"""The only place where environment variables are read.
+
+| variable | meaning | default |
+|---|---|---|
+| `SPGEN_CACHE_DIR` | where compiled kernels are kept | the user's cache directory |
+| `SPGEN_BACKEND` | `auto`, `tvm` or `triton` | `auto`: by the tensors' device |
+| `SPGEN_NO_COMPILE` | `1` forbids compiling: a kernel that is not in the cache is an error | `0` |
+| `SPGEN_LOG` | `debug`, `info`, `warning`, `error` or `off` | `warning` |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spgen.errors import SpgenError
+
+BACKENDS = ("auto", "tvm", "triton")
+LOG_LEVELS = ("debug", "info", "warning", "error", "off")
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("", "0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for, read once; see the table at the head of this file."""
+
+    cache_dir: Path | None = None
+    backend: str = "auto"
+    no_compile: bool = False
+    log: str = "warning"
+
+
+_current: Settings | None = None
+
+
+def settings() -> Settings:
+    """The settings in force; the environment is read at the first call only."""
+    global _current
+    if _current is None:
+        _current = _from_environment()
+    return _current
+
+
+@contextmanager
+def override(**changes: Any) -> Iterator[Settings]:
+    """Change fields of the settings for the length of a `with` block (for the whole process, not one thread)."""
+    global _current
+    before = settings()
+    _current = replace(before, **changes)
+    try:
+        yield _current
+    finally:
+        _current = before
+
+
+def cache_home() -> Path:
+    """Where this user's programs keep what they can make again: `XDG_CACHE_HOME`, else `~/.cache`."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(chosen) if Path(chosen).is_absolute() else Path("~/.cache").expanduser()
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton runs kernels in its Python interpreter (`TRITON_INTERPRET=1`), on the CPU and slowly.
+
+    Read at each call: Triton decides when a kernel is decorated, and tests set the variable in between.
+    """
+    return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
+
+
+def _from_environment() -> Settings:
+    directory = os.environ.get("SPGEN_CACHE_DIR", "")
+    return Settings(
+        cache_dir=Path(directory).expanduser() if directory else None,
+        backend=_choice("SPGEN_BACKEND", "auto", BACKENDS),
+        no_compile=_switch("SPGEN_NO_COMPILE"),
+        log=_choice("SPGEN_LOG", "warning", LOG_LEVELS),
+    )
+
+
+def _choice(name: str, default: str, allowed: tuple[str, ...]) -> str:
+    value = os.environ.get(name, "").lower() or default
+    if value not in allowed:
+        raise SpgenError(name, given=repr(value), allowed=", ".join(allowed), remedy=f"unset {name} or correct it")
+    return value
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "").lower()
+    if value not in _TRUE + _FALSE:
+        raise SpgenError(name, given=repr(value), allowed="0 or 1", remedy=f"unset {name} or correct it")
+    return value in _TRUE

@@ -1,0 +1,57 @@
+"""Settings: what each variable means, bad values, and overriding."""
+
+from pathlib import Path
+
+import pytest
+
+from spgen import settings as module
+from spgen.errors import SpgenError
+from spgen.settings import Settings, override, settings, triton_interpreted
+
+NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_LOG")
+
+
+@pytest.fixture(autouse=True)
+def _unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_current", None)
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_defaults() -> None:
+    assert settings() == Settings(cache_dir=None, backend="auto", no_compile=False, log="warning")
+
+
+def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(NAMES, ("~/kernels", "Triton", "yes", "debug"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert settings() == Settings(Path("~/kernels").expanduser(), "triton", True, "debug")
+
+
+def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = settings()
+    monkeypatch.setenv("SPGEN_BACKEND", "tvm")
+    assert settings() is first
+
+
+@pytest.mark.parametrize(("name", "value"), [("SPGEN_BACKEND", "cuda"), ("SPGEN_NO_COMPILE", "2"), ("SPGEN_LOG", "x")])
+def test_a_bad_value_names_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SpgenError, match=f"(?s){name}: got '{value}'.*allowed.*remedy"):
+        settings()
+
+
+def test_override_ends_with_its_block_whatever_happens() -> None:
+    before = settings()
+    with pytest.raises(KeyError), override(backend="tvm", no_compile=True) as inside:  # noqa: PT012
+        assert settings() is inside
+        assert (inside.backend, inside.no_compile) == ("tvm", True)
+        raise KeyError
+    assert settings() is before
+
+
+def test_triton_interpreter_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton_interpreted()
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not triton_interpreted()
