@@ -1,0 +1,102 @@
+"""Level 3, KERNEL: one loop over segments with its schedule attached; the templates print it and decide nothing.
+
+A kernel program owns one row tile of one query head (or of a packed group of heads) and visits its segments in order.
+A segment is a run of *positions* `[start, stop)`. Position `p` stands for the column `column(p)` and the key
+`key(column)`. Tiles of `block_n` positions inside `[full_start, full_stop)` hold only wanted pairs and run without a
+mask; the rest of the run is masked. The bounds satisfy start <= full_start <= full_stop <= stop.
+
+Expressions speak of these variables (scalars per program unless said otherwise):
+
+    b, hk, h        sequence, key head, query head (`h` does not exist when heads are packed)
+    tile            index of the row tile
+    q_len, kv_len   rows of the call; keys of this sequence
+    q_offset        position of row 0
+    n_heads, group  query heads; query heads per key head
+    s, r, i         vectors over the tile's rows: slot, row of the call, position
+    p, c, j         vectors over the tile's columns: position in the run, column, key
+    any let         defined earlier, a scalar or a vector over rows
+
+and of tables, whose axes are [batch, head, row, column] with batch and head broadcast.
+"""
+
+from __future__ import annotations
+
+from spgen.errors import SpgenError
+from spgen.ir.expr import Expr, free_variables, tables
+from spgen.ir.node import Dialect, Op, OpDef
+
+PROGRAM_VARIABLES = ("b", "hk", "h", "tile", "q_len", "kv_len", "q_offset", "n_heads", "group")
+ROW_VARIABLES = ("s", "r", "i")
+COLUMN_VARIABLES = ("p", "c", "j")
+HEAD_KINDS = ("one", "kv", "q")
+OFFSETS = ("default", "scalar", "tensor")
+
+
+def _check_table(op: Op) -> SpgenError | None:
+    if op["heads"] not in HEAD_KINDS:
+        return SpgenError(f"table {op['name']}: heads", given=op["heads"], allowed=", ".join(HEAD_KINDS))
+    return None
+
+
+def _check_attention(op: Op) -> SpgenError | None:
+    if op["q_offset"] not in OFFSETS:
+        return SpgenError("q_offset", given=op["q_offset"], allowed=", ".join(OFFSETS))
+    return _check_names(op)
+
+
+def _check_names(op: Op) -> SpgenError | None:
+    """Every variable and table is defined before it is used."""
+    program = set(PROGRAM_VARIABLES) - ({"h"} if op["pack"] > 1 else set())
+    known = program | set(ROW_VARIABLES)
+    names = {child["name"] for child in op.operands if child.kind == "table"}
+    for child in op.operands:
+        for attribute, value in child.attrs:
+            if not isinstance(value, Expr):
+                continue
+            columns = set(COLUMN_VARIABLES) if attribute in ("column", "key", "mask") else set()
+            missing = (free_variables(value) - known - columns) | (tables(value) - names)
+            if missing:
+                return SpgenError(f"{child['name']}: {attribute}", given=f"undefined {sorted(missing)[0]!r}")
+        if child.kind == "let":
+            known.add(child["name"])
+    return None
+
+
+KERNEL = Dialect(
+    "kernel",
+    "program",
+    {
+        # A tensor of the plan: int32, [B or 1, heads, rows, columns], innermost contiguous.
+        "table": OpDef({"name": "str", "heads": "str"}, check=_check_table),
+        # A named value. `per` is "program" (a scalar) or "row" (a vector over the tile's rows).
+        "let": OpDef({"name": "str", "per": "str", "value": "expr"}),
+        # A run of positions. `contiguous`: within a tile columns follow each other, column(p + x) = column(p) + x.
+        "segment": OpDef(
+            {
+                "name": "str", "contiguous": "bool", "column": "expr", "key": "expr?", "start": "expr",
+                "full_start": "expr?", "full_stop": "expr?", "stop": "expr", "mask": "expr?",
+            }
+        ),
+        # The whole kernel over tables, lets and segments, in this order. `row` maps a slot `s` to a row of the call.
+        # `options` are the schedule's further choices as "name=value", known to the backend.
+        "attention": OpDef(
+            {
+                "dtype": "str", "head_dim": "int", "value_dim": "int", "block_m": "int", "block_n": "int",
+                "pack": "int", "q_offset": "str", "kv_lengths": "bool", "lse": "bool", "row": "expr?",
+                "options": "strs",
+            },
+            operands=None,
+            check=_check_attention,
+        ),
+    },
+)  # fmt: skip
+
+
+def parts(kernel: Op, kind: str) -> tuple[Op, ...]:
+    """The tables, lets or segments of a kernel."""
+    return tuple(op for op in kernel.operands if op.kind == kind)
+
+
+def option(kernel: Op, name: str, default: int) -> int:
+    """One integer choice of the schedule."""
+    return next((int(text.partition("=")[2]) for text in kernel["options"] if text.startswith(f"{name}=")), default)
