@@ -155,6 +155,19 @@ class Cache:
             shutil.rmtree(generation, ignore_errors=True)
         return count
 
+    def fault(self) -> str:
+        """Why new kernels cannot be kept here, or an empty text; tried, not guessed.
+
+        Raises CacheError for a directory that others can write.
+        """
+        try:
+            self._prepare(self._root)
+            with tempfile.TemporaryFile(dir=self._root) as file:
+                file.write(bytes(4096))
+        except OSError as fault:
+            return fault.strerror or str(fault)
+        return ""
+
     def _path(self, key: str) -> Path:
         return self._root / key[:2] / key
 

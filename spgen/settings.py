@@ -6,11 +6,14 @@
 | `SPGEN_BACKEND` | `auto`, `tvm` or `triton` | `auto`: by the tensors' device |
 | `SPGEN_NO_COMPILE` | `1` forbids compiling: a kernel that is not in the cache is an error | `0` |
 | `SPGEN_LOG` | `debug`, `info`, `warning`, `error` or `off` | `warning` |
+
+Of variables that belong to others, `XDG_CACHE_HOME`, `CC` and `TRITON_INTERPRET` are honoured.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,6 +65,12 @@ def cache_home() -> Path:
     """Where this user's programs keep what they can make again: `XDG_CACHE_HOME`, else `~/.cache`."""
     chosen = os.environ.get("XDG_CACHE_HOME", "")
     return Path(chosen) if Path(chosen).is_absolute() else Path("~/.cache").expanduser()
+
+
+def c_compiler() -> str | None:
+    """The C compiler's path: `CC` if set (and found), else the first of cc, gcc and clang; None if there is none."""
+    chosen = os.environ.get("CC", "")
+    return next(filter(None, map(shutil.which, [chosen] if chosen else ["cc", "gcc", "clang"])), None)
 
 
 def triton_interpreted() -> bool:

@@ -265,6 +265,12 @@ def test_no_space_anywhere_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch
         Cache(tmp_path / "file").get_or_build(KEY, Builder(), meta={})
 
 
+def test_fault_is_what_writing_says(cache: Cache, tmp_path: Path) -> None:
+    assert cache.fault() == ""
+    (tmp_path / "file").write_text("")
+    assert Cache(tmp_path / "file").fault() == os.strerror(errno.EEXIST)
+
+
 def test_default_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with override(cache_dir=tmp_path):
         assert default_directory() == tmp_path

@@ -6,7 +6,7 @@ import pytest
 
 from spgen import settings as module
 from spgen.errors import SpgenError
-from spgen.settings import Settings, override, settings, triton_interpreted
+from spgen.settings import Settings, c_compiler, cache_home, override, settings, triton_interpreted
 
 NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_LOG")
 
@@ -55,3 +55,21 @@ def test_triton_interpreter_is_asked_each_time(monkeypatch: pytest.MonkeyPatch) 
     assert triton_interpreted()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert not triton_interpreted()
+
+
+def test_cache_home_must_be_absolute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/var/kernels")
+    assert cache_home() == Path("/var/kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_home() == Path("~/.cache").expanduser()
+
+
+def test_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert c_compiler() == str(compiler)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert c_compiler() is None
