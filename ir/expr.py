@@ -7,6 +7,7 @@ templates. Integer `//` and `%` are floored everywhere.
     leaf     var(name) · const(5) · const(True)
     integer  + - * // % min max abs << >> & | ^ · select(c, a, b)
     boolean  < <= == != & | ~
+    heads    heads(v0, v1, ...)    the value that belongs to the program's head
     tables   load(t, row, col)      the integer at [row, col] of table `t`
              bit(t, row, x)         bit `x % 32` of the word at [row, x // 32]
              count_le(t, row, x)    how many entries of the ascending list at row `row` are <= x
@@ -188,6 +189,12 @@ def rebuild(node: Expr, children: Iterable[Expr]) -> Expr:
     return _SMART.get(node.op, lambda *args: fold(node.op, *args))(*children)
 
 
+def heads(values: Iterable[int]) -> Expr:
+    """One integer per head (query or key head, by their number); a plain constant when they are all equal."""
+    known = tuple(values)
+    return const(known[0]) if len(set(known)) == 1 else Expr("heads", tuple(map(const, known)))
+
+
 def load(table: str, row: ExprLike, col: ExprLike) -> Expr:
     return Expr("load", (table, as_expr(row), as_expr(col)))
 
@@ -336,6 +343,8 @@ def not_(a: Expr) -> Expr:
 def select(condition: ExprLike, a: ExprLike, b: ExprLike) -> Expr:
     """`a` where `condition` holds, else `b`."""
     c = as_expr(condition)
+    if as_expr(a) is as_expr(b):
+        return as_expr(a)
     if _value(c) is not None:
         return as_expr(a) if _value(c) else as_expr(b)
     return Expr("select", (c, as_expr(a), as_expr(b)))
@@ -543,6 +552,8 @@ def from_tree(tree: Tree, text: str) -> Expr:
             if len(t.items) != 3 or t.items[0].kind != "name":
                 raise fail(f"{t.head} takes a table, a row and a column", t)
             return Expr(t.head, (t.items[0].head, convert(t.items[1]), convert(t.items[2])))
+        if t.head == "heads":
+            return Expr("heads", tuple(map(convert, t.items)))
         if t.head not in _CALLS:
             raise fail(f"unknown function {t.head!r}: known are {', '.join([*_CALLS, *sorted(_TABLE)])}", t)
         if len(t.items) != _CALLS[t.head]:

@@ -97,7 +97,7 @@ class Dialect:
     result: str
     ops: Mapping[str, OpDef]
 
-    def make(self, kind: str, *operands: Op, **attrs: Attribute) -> Op:
+    def make(self, kind: str, /, *operands: Op, **attrs: Attribute) -> Op:
         """A verified operation; raises the definition's own error when it breaks a rule."""
         op = Op(f"{self.name}.{kind}", operands, tuple((name, attrs.get(name)) for name in self.ops[kind].attrs))
         problem = self.problem(op)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from typing import Any
 
 from spgen.errors import PatternError, SpgenError, TextError
@@ -168,6 +168,15 @@ PATTERN = Dialect(
         "permuted": OpDef({"q": "slot?", "k": "slot?", "k_rule": "str?"}, operands=1, check=_check_permuted),
         "cover": OpDef({"rows": "int", "cols": "int"}, operands=1, check=_floors(rows=1, cols=1)),
         "per_head": OpDef(operands=None, check=_check_per_head),
+        # The core, into which passes bring everything above. `before` is the half-line j < bound, with a bound that
+        # never falls as i grows; `listed` is every kind of listed block (rows = 0: one list for all rows); `union`
+        # and `term` are the disjunctive normal form.
+        "before": OpDef({"bound": "expr"}),
+        "listed": OpDef(
+            {"rows": "int", "cols": "int", "mask": "slot?", "indices": "slot?", "indptr": "slot?"},
+        ),
+        "union": OpDef(operands=None),
+        "term": OpDef(operands=None),
         "and": OpDef(operands=2),
         "or": OpDef(operands=2),
         "not": OpDef(operands=1),
@@ -365,7 +374,19 @@ def is_selected(op: Op) -> bool:
     return any(name in ("scores", "k_rule") and value is not None for name, value in op.attrs)
 
 
+def conjunction(*ops: Op) -> Op:
+    return reduce(lambda a, b: PATTERN.make("and", a, b), ops) if ops else PATTERN.make("dense")
+
+
+def disjunction(*ops: Op) -> Op:
+    return reduce(lambda a, b: PATTERN.make("or", a, b), ops) if ops else negation(PATTERN.make("dense"))
+
+
+def negation(op: Op) -> Op:
+    return op.operands[0] if op.kind == "not" else PATTERN.make("not", op)
+
+
 __all__ = [
-    "PATTERN", "PREDICATE_VARIABLES", "Expr", "Signature", "is_selected", "read_short", "renumber", "short_text",
+    "PATTERN", "PREDICATE_VARIABLES", "Expr", "Signature", "conjunction", "disjunction", "is_selected", "negation", "read_short", "renumber", "short_text",
     "slots",
 ]  # fmt: skip

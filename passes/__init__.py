@@ -1,5 +1,5 @@
-"""From what is wanted to how it is computed: one pass per file, each opening with a before/after sketch.
+"""One pass per file, each opening with a before/after sketch; `spgen.compile` lists them in order.
 
-A pass rewrites the IR of one level or lowers it to the next; it holds the opinions about speed that the IR does not.
-The order in which passes run is not decided here but in the one visible list of `spgen/compile.py`.
+Level 1 to level 1: `desugar`, `permutation`, `normalize`, `ownership`. Level 1 to 2: `tile`. Level 2 to 3: `schedule`,
+`hoist`. `cost` reads and predicts; it changes nothing.
 """

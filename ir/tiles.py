@@ -1,0 +1,74 @@
+"""Level 2, TILES: for a row tile, disjoint segments; and how each table they read is built.
+
+A segment is a run of positions of one source. Its bounds are columns: outside `[lo, hi)` no row of the tile wants
+anything, inside `[inner_lo, inner_hi)` every row wants every column (`exact` says whether that holds of the source's
+columns; otherwise every tile is masked). Three kinds:
+
+    range   columns in closed form: `column` of a position, and `below`, the number of positions before column `x`
+    list    runs of tiles whose starts are in a table; `splits` names the table of position bounds per row tile
+    gather  single columns (or short runs) from a table, likewise
+
+Tables are int32, [batch, heads, row, column], ascending where they are lists (padded with 2^31 - 1). `heads` says whose
+axis it is: "one" list for all, one per key head ("kv") or per query head ("q").
+"""
+
+from __future__ import annotations
+
+from spgen.ir.node import Dialect, Op, OpDef
+
+PAD = 2**31 - 1
+
+_TABLES = {
+    # What is known before the call: one row of constants per head, [1, H, 1, 1].
+    "constants": {"values": "ints"},
+    # Document bounds by document number (0: before the first): starts, and the interval's ends.
+    "documents": {"cu_seqlens": "slot", "part": "str"},
+    # A permutation with invalid entries -1; its inverse; its smallest and largest entry per row tile.
+    "order": {"order": "slot", "axis": "str"},
+    "rank": {"order": "slot", "axis": "str"},
+    "extent": {"order": "slot", "row_tile": "int"},
+    # The units (blocks of `cols` columns) listed for each group of `rows` rows (0: all); `row_tile` > 0: for each row
+    # tile, the union over the groups it crosses.
+    "units": {
+        "mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int", "row_tile": "int",
+    },
+    # The same as bits, one per unit.
+    "bits": {"mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int"},
+    # Diagonal offsets as bits (bit r - j + kv_len), and the tiles of `block_n` columns that they touch, counted from
+    # the end of the row tile.
+    "diagonal_bits": {"offsets": "slot"},
+    "diagonal_tiles": {"offsets": "slot", "row_tile": "int", "block_n": "int"},
+    # One bit per rows x cols tile that holds a pair of `predicate`.
+    "touch": {"predicate": "expr", "rows": "int", "cols": "int"},
+    # Position bounds per row tile (start, full_start, full_stop, stop) in the list of another table.
+    "splits": {
+        "units": "str", "row": "expr", "unit": "int", "base": "expr", "lo": "expr", "inner_lo": "expr",
+        "inner_hi": "expr", "hi": "expr", "exact": "bool", "row_tile": "int", "block_n": "int",
+    },
+}  # fmt: skip
+
+TILES = Dialect(
+    "tiles",
+    "program",
+    {
+        **{kind: OpDef({"name": "str", "heads": "str", **attrs}) for kind, attrs in _TABLES.items()},
+        "segment": OpDef(
+            {
+                "name": "str", "source": "str", "contiguous": "bool", "exact": "bool", "column": "expr", "key": "expr?",
+                "below": "expr?", "unit": "int", "splits": "str?", "lo": "expr", "inner_lo": "expr",
+                "inner_hi": "expr", "hi": "expr", "when": "expr?", "mask": "expr?",
+            }
+        ),
+        # Tables in the order in which they are built, then segments in the order in which they are visited.
+        "program": OpDef({"row_tile": "int", "block_m": "int", "block_n": "int", "row": "expr?"}, operands=None),
+    },
+)  # fmt: skip
+
+
+def table_ops(program: Op) -> tuple[Op, ...]:
+    """The program's tables in the order in which they must be built."""
+    return tuple(op for op in program.operands if op.kind in _TABLES)
+
+
+def segments(program: Op) -> tuple[Op, ...]:
+    return tuple(op for op in program.operands if op.kind == "segment")

@@ -1,0 +1,416 @@
+"""tile: each term becomes a segment of the row tile (level 1 to level 2).
+
+    term(before(i + 1), ~before(i - 1023))
+        ->  segment range   lo = max(0, i_lo - 1023)  inner = [i_hi - 1023, i_lo + 1)  hi = min(kv_len, i_hi + 1)
+    term(before(i + 1), listed(rows=128, cols=128, mask=$0))
+        ->  units (per 128 rows), splits (per row tile), segment list  column = load(units_0, tile, p // 128) * 128 + …
+
+The driver of a term is the literal whose columns are walked: a list if there is one, else a stripe, else all columns.
+Half-lines that speak of the driver's columns become bounds; every other literal is a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spgen.ir import expr
+from spgen.ir.expr import FALSE, TRUE, Expr, const, maximum, minimum, substitute, var
+from spgen.ir.node import Op, Slot, walk
+from spgen.ir.tiles import TILES
+from spgen.passes.normalize import leaf_of
+from spgen.passes.ownership import is_condition
+from spgen.passes.permutation import push_permutations
+
+I, J, R, S, C, P, H = (var(name) for name in "i j r s c p h".split())
+TILE, Q_LEN, KV_LEN, Q_OFFSET = (var(name) for name in ("tile", "q_len", "kv_len", "q_offset"))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What tiling must know: heads, the rows of a row tile (per head), and the tile's sides."""
+
+    q_heads: int
+    kv_heads: int
+    row_tile: int
+    block_m: int
+    block_n: int
+
+
+def tile(node: Op, slots: Sequence[Slot], shape: Shape) -> Op:
+    """The level-2 program of `node`, a union of disjoint terms over the tensors `slots`."""
+    return _Tiler(node, slots, shape).program()
+
+
+def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: int) -> bool:
+    """Whether heads of one group may differ, so that they cannot share a row tile."""
+    tables = _Tables(slots, Shape(q_heads, kv_heads, 1, 1, 1))
+    for op in walk(node):
+        for _, value in op.attrs:
+            if isinstance(value, Slot) and tables.heads_of(value, _core_rank(op)) == "q":
+                return True
+            if isinstance(value, Expr) and any(
+                (n.op == "var" and n.args[0] == "h") or (n.op == "heads" and tables.heads_for(len(n.args)) == "q")
+                for n in expr.walk(value)
+            ):
+                return True
+        if op.kind == "stripe" and op["shift_per_head"]:
+            return True
+    return False
+
+
+def _core_rank(op: Op) -> int:
+    """The axes of an operation's data behind batch and head."""
+    return 2 if op.kind in ("listed", "bits", "units") and op["indptr"] is None else 1
+
+
+class _Tables:
+    """The tables of a program: one per distinct content, named by what they hold."""
+
+    def __init__(self, slots: Sequence[Slot], shape: Shape) -> None:
+        self.slots, self.shape = {slot.index: slot for slot in slots}, shape
+        self.ops: dict[str, Op] = {}
+        self._names: dict[Op, str] = {}
+
+    def heads_of(self, slot: Slot, core: int) -> str:
+        dims = slot.dims[:-core]
+        return self.heads_for(int(dims[-1])) if dims else "one"
+
+    def heads_for(self, count: int) -> str:
+        if count == self.shape.kv_heads:
+            return "kv" if count > 1 or self.shape.q_heads > 1 else "one"
+        return "one" if count == 1 else "q"
+
+    def widest(self, names: frozenset[str], *expressions: Expr) -> str:
+        """The head axis of something computed from these tables."""
+        kinds = {self.ops[name]["heads"] for name in names}
+        if any("h" in expr.free_variables(e) for e in expressions):
+            kinds.add("q")
+        return next((kind for kind in ("q", "kv") if kind in kinds), "one")
+
+    def add(self, kind: str, base: str, heads: str, /, **attrs: object) -> str:
+        """The name of the table with this content."""
+        content = TILES.make(kind, name="", heads=heads, **attrs)  # type: ignore[arg-type]
+        if content not in self._names:
+            name = base if base not in self.ops else f"{base}_{len(self.ops)}"
+            self._names[content] = name
+            self.ops[name] = TILES.make(kind, name=name, heads=heads, **attrs)  # type: ignore[arg-type]
+        return self._names[content]
+
+    def order(self, slot: Slot, axis: str, inverse: bool = False) -> str:
+        kind = "rank" if inverse else "order"
+        return self.add(kind, f"{kind}_{slot.index}", self.heads_of(slot, 1), order=slot, axis=axis)
+
+    def resolve(self, node: Expr) -> Expr:
+        """`node` with per-head constants and document bounds read from tables."""
+        done: dict[Expr, Expr] = {}
+        for current in expr.walk(node):
+            if current.op == "heads":
+                done[current] = self._constants([arg.args[0] for arg in current.args])
+                continue
+            for name in expr.tables(current) if current.op in ("load", "count_le", "bit") else ():
+                self._documents(name)
+            done[current] = expr.rebuild(current, [done[child] for child in expr.operands(current)])
+        return done[node]
+
+    def _constants(self, values: list[int]) -> Expr:
+        base = f"constants_{sum(op.kind == 'constants' for op in self.ops.values())}"
+        name = self.add("constants", base, self.heads_for(len(values)), values=tuple(values))
+        return expr.load(name, 0, 0)
+
+    def _documents(self, name: str) -> None:
+        prefix, _, number = name.rpartition("_")
+        if prefix.startswith("document_"):
+            slot = self.slots[int(number)]
+            self.add("documents", name, "one", cu_seqlens=slot, part=prefix.removeprefix("document_"))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """How a literal reads the program's rows and columns: position and row of the call, and the column."""
+
+    position: Expr
+    row: Expr
+    column: Expr
+
+
+class _Tiler:
+    def __init__(self, node: Op, slots: Sequence[Slot], shape: Shape) -> None:
+        self.node, self.shape = node, shape
+        self.tables = _Tables(slots, shape)
+        orders = {op["q"] for op in walk(node) if op.kind == "permuted" and op["q"] is not None}
+        self.row_order: Slot | None = orders.pop() if len(orders) == 1 else None
+        first = TILE * shape.row_tile
+        last = minimum(first + shape.row_tile, Q_LEN) - 1
+        self.slot_extent = (first + Q_OFFSET, last + Q_OFFSET)
+
+    def program(self) -> Op:
+        segments = [self.segment(number, term) for number, term in enumerate(self.node.operands)]
+        row = None if self.row_order is None else expr.load(self.tables.order(self.row_order, "q"), 0, S)
+        shape = self.shape
+        return TILES.make(
+            "program", *self.tables.ops.values(), *segments,
+            row_tile=shape.row_tile, block_m=shape.block_m, block_n=shape.block_n, row=row,
+        )  # fmt: skip
+
+    def segment(self, number: int, term: Op) -> Op:
+        return _Segment(self, f"s{number}", term).build()
+
+    def extent(self, q: Slot | None) -> tuple[Expr, Expr] | None:
+        """The smallest and largest position of the tile's rows as a literal in row space `q` sees them."""
+        if q is self.row_order:
+            return self.slot_extent
+        if q is not None:
+            return None
+        assert self.row_order is not None
+        heads = self.tables.heads_of(self.row_order, 1)
+        name = self.tables.add(
+            "extent", f"extent_{self.row_order.index}", heads, order=self.row_order, row_tile=self.shape.row_tile
+        )
+        return expr.load(name, TILE, 0) + Q_OFFSET, expr.load(name, TILE, 1) + Q_OFFSET
+
+    def place(self, q: Slot | None, k: Slot | None, key_space: Slot | None) -> _Place:
+        if q is None:
+            position, row = I, R
+        elif q is self.row_order:
+            position, row = S + Q_OFFSET, S
+        else:
+            row = expr.load(self.tables.order(q, "q", inverse=True), 0, R)
+            position = row + Q_OFFSET
+        if k is None:
+            column = J
+        else:
+            column = C if k is key_space else expr.load(self.tables.order(k, "k", inverse=True), 0, J)
+        return _Place(position, row, column)
+
+    def predicate(self, op: Op, key_space: Slot | None) -> Expr:
+        """Membership of the pair (row, column) in `op`, any combination of leaves."""
+        if op.kind in ("and", "or", "not", "term"):
+            parts = [self.predicate(operand, key_space) for operand in op.operands]
+            if op.kind == "not":
+                return ~parts[0]
+            joined = FALSE if op.kind == "or" else TRUE
+            for part in parts:
+                joined = joined | part if op.kind == "or" else joined & part
+            return joined
+        leaf, _, body = leaf_of(op)
+        q, k = (body["q"], body["k"]) if body.kind == "permuted" else (None, None)
+        return self.leaf_predicate(leaf, self.place(q, k, key_space))
+
+    def leaf_predicate(self, leaf: Op, at: _Place) -> Expr:
+        if leaf.kind == "dense":
+            return TRUE
+        if leaf.kind == "before":
+            return at.column < substitute(self.tables.resolve(leaf["bound"]), {"i": at.position})
+        if leaf.kind == "where":
+            return substitute(self.tables.resolve(leaf["predicate"]), {"i": at.position, "j": at.column})
+        if leaf.kind == "stripe":
+            return _stripe_predicate(leaf, at)
+        if leaf.kind == "listed":
+            return self.listed_predicate(leaf, at)
+        if leaf.kind == "diagonals":
+            heads = self.tables.heads_of(leaf["offsets"], 1)
+            name = self.tables.add(
+                "diagonal_bits", f"diagonal_bits_{leaf['offsets'].index}", heads, offsets=leaf["offsets"]
+            )
+            return expr.bit(name, 0, at.row - at.column + KV_LEN)
+        return self.cover_predicate(leaf, at)
+
+    def listed_predicate(self, leaf: Op, at: _Place) -> Expr:
+        row = at.row // leaf["rows"] if leaf["rows"] else const(0)
+        unit = at.column // leaf["cols"]
+        if leaf["mask"] is not None or not leaf["rows"]:
+            return expr.bit(self.listed_table("bits", leaf), row, unit)
+        return expr.contains(self.listed_table("units", leaf, row_tile=0), row, unit)
+
+    def listed_table(self, kind: str, leaf: Op, **attrs: int) -> str:
+        data = leaf["mask"] or leaf["indices"]
+        heads = self.tables.heads_of(data, _core_rank(leaf))
+        return self.tables.add(kind, f"{kind}_{data.index}", heads, **dict(leaf.attrs), **attrs)
+
+    def cover_predicate(self, leaf: Op, at: _Place) -> Expr:
+        inner = push_permutations(leaf.operands[0])
+        neutral = _Tiler(inner, list(self.tables.slots.values()), self.shape)
+        neutral.tables, neutral.row_order = self.tables, None
+        found = neutral.predicate(inner, None)
+        heads = self.tables.widest(expr.tables(found), found)
+        rows, cols = leaf["rows"], leaf["cols"]
+        count = sum(op.kind == "touch" for op in self.tables.ops.values())
+        name = self.tables.add("touch", f"touch_{count}", heads, predicate=found, rows=rows, cols=cols)
+        return expr.bit(name, at.position // rows - Q_OFFSET // rows, at.column // cols)
+
+
+def _stripe_predicate(leaf: Op, at: _Place) -> Expr:
+    unit = at.column // leaf["cols"]
+    x = at.position // leaf["cols"] - unit if leaf["relative"] else unit
+    return (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"] < leaf["width"]
+
+
+class _Segment:
+    """The making of one segment from one term."""
+
+    def __init__(self, tiler: _Tiler, name: str, term: Op) -> None:
+        self.tiler, self.tables, self.shape, self.name = tiler, tiler.tables, tiler.shape, name
+        self.literals = list(term.operands)
+        self.driver = max(
+            (literal for literal in self.literals if self._drives(literal)), key=_selectivity, default=None
+        )
+        self.key_space = self._key_space()
+
+    def _drives(self, literal: Op) -> bool:
+        """Whether the literal's columns can be walked for this row tile."""
+        leaf, positive, body = leaf_of(literal)
+        q = body["q"] if body.kind == "permuted" else None
+        rows_agree = q is self.tiler.row_order
+        if not positive or leaf.kind not in ("listed", "diagonals", "stripe"):
+            return False
+        if leaf.kind == "listed":
+            return rows_agree or leaf["rows"] == 0
+        return rows_agree or (leaf.kind == "stripe" and not leaf["relative"])
+
+    def _key_space(self) -> Slot | None:
+        chosen = self.driver
+        if chosen is None:
+            lines = [literal for literal in self.literals if leaf_of(literal)[0].kind == "before"]
+            spaces = [_space(literal)[1] for literal in lines]
+            return spaces[0] if spaces and None not in spaces else None
+        return _space(chosen)[1]
+
+    def build(self) -> Op:
+        lows, highs, inner_lows, inner_highs = [const(0)], [KV_LEN], [const(0)], [KV_LEN]
+        mask, when, exact = TRUE, TRUE, self.key_space is None
+        for literal in self.literals:
+            if literal is self.driver:
+                continue
+            if is_condition(literal):
+                when = when & self.tiler.predicate(literal, None)
+                continue
+            ends = self._bounds(literal)
+            if not (ends and ends[0] is ends[1] and self.driver is None):  # the run's own ends say it
+                mask = mask & self.tiler.predicate(literal, self.key_space)
+            if ends is None:
+                exact = False
+                continue
+            at_first, at_last = ends
+            if leaf_of(literal)[1]:
+                highs.append(at_last)
+                inner_highs.append(at_first)
+            else:
+                lows.append(at_first)
+                inner_lows.append(at_last)
+        self.bounds = {
+            "lo": maximum(*lows), "inner_lo": maximum(*inner_lows),
+            "inner_hi": minimum(*inner_highs), "hi": minimum(*highs),
+        }  # fmt: skip
+        source = self._source()
+        mask = mask & source.pop("mask", TRUE)
+        exact = exact and bool(source.pop("exact", True))
+        key = None if self.key_space is None else expr.load(self.tables.order(self.key_space, "k"), 0, C)
+        return TILES.make(
+            "segment", name=self.name, key=key, exact=exact, **self.bounds, **self._finish(source, exact),
+            when=None if when is TRUE else when, mask=None if mask is TRUE else mask,
+        )  # fmt: skip
+
+    def _bounds(self, literal: Op) -> tuple[Expr, Expr] | None:
+        """A half-line's bound at the tile's first and last position, if it speaks of this segment's columns."""
+        leaf, _, _ = leaf_of(literal)
+        q, k = _space(literal)
+        if leaf.kind != "before" or k is not self.key_space:
+            return None
+        bound = self.tables.resolve(leaf["bound"])
+        if "i" not in expr.free_variables(bound):
+            return bound, bound
+        extent = self.tiler.extent(q)
+        return None if extent is None else (substitute(bound, {"i": extent[0]}), substitute(bound, {"i": extent[1]}))
+
+    def _source(self) -> dict[str, object]:
+        """What the driver fixes: kind, column, and how positions are counted."""
+        if self.driver is None:
+            return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
+        leaf, _, _ = leaf_of(self.driver)
+        if leaf.kind == "stripe":
+            return self._stripe(leaf)
+        return self._listed(leaf) if leaf.kind == "listed" else self._diagonals(leaf)
+
+    def _stripe(self, leaf: Op) -> dict[str, object]:
+        """Column p is the (p % w)-th of period p // w; the first period starts at or before column 0."""
+        period, width = leaf["stride"] * leaf["cols"], const(leaf["width"] * leaf["cols"])
+        shift = leaf["offset"] + H * leaf["shift_per_head"]
+        source: dict[str, object] = {"source": "range", "contiguous": False, "unit": 1}
+        if leaf["relative"]:
+            extent = self.tiler.extent(_space(self.driver)[0]) if self.driver else None
+            assert extent is not None
+            first, last = (position // leaf["cols"] for position in extent)
+            width = minimum(last - first + leaf["width"], leaf["stride"]) * leaf["cols"]
+            shift = first - shift - leaf["width"] + 1
+            source["exact"] = False
+            source["mask"] = self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE
+        elif leaf["width"] >= leaf["stride"]:
+            return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
+        elif (leaf["width"] * leaf["cols"]) % self.shape.block_n == 0:
+            source.update(contiguous=True, unit=self.shape.block_n)
+        start = shift * leaf["cols"] % period - period
+        ahead = var("x") - start
+        source["below"] = ahead // period * width + minimum(ahead % period, width)
+        source["column"] = P // width * period + P % width + start
+        return source
+
+    def _listed(self, leaf: Op) -> dict[str, object]:
+        rows, cols, row_tile = leaf["rows"], leaf["cols"], self.shape.row_tile
+        aligned = rows % row_tile == 0
+        name = self.tiler.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
+        row = const(0) if rows == 0 else (TILE // (rows // row_tile) if aligned else TILE)
+        first = expr.load(name, row, P // cols) * cols + P % cols
+        source: dict[str, object] = {
+            "source": "list" if cols % self.shape.block_n == 0 else "gather",
+            "contiguous": cols % self.shape.block_n == 0,
+            "column": first, "unit": cols, "units": name, "row": row, "base": const(0), "exact": aligned,
+        }  # fmt: skip
+        if not aligned and self.driver is not None:
+            source["mask"] = self.tiler.predicate(self.driver, self.key_space)
+        return source
+
+    def _diagonals(self, leaf: Op) -> dict[str, object]:
+        """Tiles of block_n columns at fixed distances from the row tile's end."""
+        slot, shape = leaf["offsets"], self.shape
+        name = self.tables.add(
+            "diagonal_tiles", f"diagonal_tiles_{slot.index}", self.tables.heads_of(slot, 1),
+            offsets=slot, row_tile=shape.row_tile, block_n=shape.block_n,
+        )  # fmt: skip
+        base = TILE * shape.row_tile + shape.row_tile + Q_OFFSET
+        column = expr.load(name, 0, P // shape.block_n) * shape.block_n + P % shape.block_n + base
+        return {
+            "source": "list", "contiguous": True, "column": column, "unit": shape.block_n, "units": name,
+            "row": const(0), "base": base, "exact": False,
+            "mask": self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE,
+        }  # fmt: skip
+
+    def _finish(self, source: dict[str, object], exact: bool) -> dict[str, object]:
+        """Lists get their table of position bounds."""
+        if "units" not in source:
+            return source
+        units, row, base = source.pop("units"), source.pop("row"), source.pop("base")
+        reads = [e for e in (*self.bounds.values(), base, row) if isinstance(e, Expr)]
+        names = frozenset({str(units)}).union(*map(expr.tables, reads))
+        splits = self.tables.add(
+            "splits", f"splits_{self.name}", self.tables.widest(names, *reads),
+            units=units, row=row, unit=source["unit"], base=base, exact=exact, **self.bounds,
+            row_tile=self.shape.row_tile, block_n=self.shape.block_n,
+        )  # fmt: skip
+        return {**source, "splits": splits}
+
+
+def _space(literal: Op) -> tuple[Slot | None, Slot | None]:
+    body = literal.operands[0] if literal.kind == "not" else literal
+    return (body["q"], body["k"]) if body.kind == "permuted" else (None, None)
+
+
+def _selectivity(literal: Op) -> tuple[int, int]:
+    """Lists before diagonals before stripes; the finer list first."""
+    leaf, _, _ = leaf_of(literal)
+    if leaf.kind == "listed":
+        return 2, -leaf["cols"]
+    return (1, 0) if leaf.kind == "diagonals" else (0, 0)
+
+
+__all__ = ["Shape", "query_head_matters", "tile"]
