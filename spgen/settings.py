@@ -12,11 +12,13 @@ Of variables that belong to others, `XDG_CACHE_HOME`, `CC` and `TRITON_INTERPRET
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,20 @@ def override(**changes: Any) -> Iterator[Settings]:
         yield _current
     finally:
         _current = before
+
+
+@lru_cache(maxsize=1)
+def logger() -> logging.Logger:
+    """The logger `spgen`, at the level of `SPGEN_LOG`; what is more detailed than a warning goes to stderr."""
+    log = logging.getLogger("spgen")
+    level = settings().log
+    log.setLevel(logging.CRITICAL + 1 if level == "off" else level.upper())
+    # a program that configures logging itself sees the records through its own handlers
+    if level in ("debug", "info") and not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("spgen %(levelname)s: %(message)s"))
+        log.addHandler(handler)
+    return log
 
 
 def cache_home() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,5 +31,6 @@ def _has_gpu() -> bool:
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's cache; kernels are shared by the tests of one run (one worker)."""
     directory = tmp_path_factory.mktemp("cache")
+    os.environ["SPGEN_CACHE_DIR"] = str(directory)  # for the processes that tests start
     with override(cache_dir=directory, backend="auto", no_compile=False):
         yield directory

@@ -1,12 +1,14 @@
 """Settings: what each variable means, bad values, and overriding."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from spgen import settings as module
 from spgen.errors import SpgenError
-from spgen.settings import Settings, c_compiler, cache_home, override, settings, triton_interpreted
+from spgen.settings import Settings, c_compiler, cache_home, logger, override, settings, triton_interpreted
 
 NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_LOG")
 
@@ -73,3 +75,25 @@ def test_c_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert c_compiler() == str(compiler)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert c_compiler() is None
+
+
+@pytest.fixture
+def _unconfigured() -> Iterator[None]:
+    log = logging.getLogger("spgen")
+    level, handlers = log.level, log.handlers[:]
+    logger.cache_clear()
+    yield
+    logger.cache_clear()
+    log.setLevel(level)
+    log.handlers[:] = handlers
+
+
+@pytest.mark.usefixtures("_unconfigured")
+@pytest.mark.parametrize(("level", "shown"), [("debug", "di"), ("info", "i"), ("warning", ""), ("off", "")])
+def test_the_logger_has_the_level_asked_for(level: str, shown: str, caplog: pytest.LogCaptureFixture) -> None:
+    with override(log=level):
+        log = logger()
+    log.debug("d")
+    log.info("i")
+    assert "".join(caplog.messages) == shown
+    assert log.isEnabledFor(logging.ERROR) == (level != "off")
