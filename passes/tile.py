@@ -61,7 +61,7 @@ def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: 
 
 def _core_rank(op: Op) -> int:
     """The axes of an operation's data behind batch and head."""
-    return 2 if op.kind in ("listed", "bits", "units") and op["indptr"] is None else 1
+    return 2 if op.kind == "listed" and op["rows"] and op["indptr"] is None else 1
 
 
 class _Tables:
@@ -304,7 +304,7 @@ class _Segment:
         }  # fmt: skip
         source = self._source()
         mask = mask & source.pop("mask", TRUE)
-        exact = exact and bool(source.pop("exact", True))
+        exact = bool(source.pop("exact", True)) and exact
         key = None if self.key_space is None else expr.load(self.tables.order(self.key_space, "k"), 0, C)
         return TILES.make(
             "segment", name=self.name, key=key, exact=exact, **self.bounds, **self._finish(source, exact),

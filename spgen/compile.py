@@ -1,0 +1,157 @@
+"""The compiler, read from top to bottom: a pattern's node becomes a kernel in seven passes.
+
+    level 1   desugar -> push_permutations -> normalize -> own
+    level 2   tile
+    level 3   schedule -> hoist
+
+`lower` runs them; `compiled` hands the kernel to a backend and remembers the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from spgen.errors import UnsupportedError
+from spgen.ir.node import Op, walk
+from spgen.ir.pattern import is_selected, read_short, short_text, slots
+from spgen.passes.desugar import desugar
+from spgen.passes.hoist import hoist
+from spgen.passes.normalize import normalize
+from spgen.passes.ownership import own
+from spgen.passes.permutation import push_permutations
+from spgen.passes.schedule import Call, schedule
+from spgen.passes.tile import Shape, query_head_matters, tile
+from spgen.settings import settings
+from spgen.target import Target
+
+LEVEL_1: tuple[Callable[[Op], Op], ...] = (desugar, push_permutations, normalize, own)
+
+# A row tile is shared by the heads of a group when one head's rows would leave this much of it empty.
+_PACK_BELOW = 0.5
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a kernel is specialised for. Lengths, batch, counts and strides are not among it."""
+
+    pattern: str
+    call: Call
+    q_heads: int
+    kv_heads: int
+    packed: bool
+    target: Target
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """The three levels of one request, and the pack of query heads that share a row tile."""
+
+    pattern: Op
+    terms: Op
+    program: Op
+    kernel: Op
+    pack: int
+
+
+class Backend(Protocol):
+    """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
+
+    def default_schedule(self, head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]: ...
+
+    def build(self, kernel: Op, target: Target) -> Any: ...
+
+
+def backend_of(target: Target) -> Backend:
+    """The backend that serves `target`: TVM on CPUs, Triton on GPUs, or what SPGEN_BACKEND says."""
+    name = settings().backend
+    if name == "triton" or (name == "auto" and target.kind != "cpu"):
+        from spgen.backends import triton
+
+        return triton
+    from spgen.backends import tvm
+
+    return tvm
+
+
+def is_packed(pattern: str, q_heads: int, kv_heads: int, q_len: int, block_m: int) -> bool:
+    """Whether the query heads of a group should share a row tile: short calls, heads that agree."""
+    group = q_heads // kv_heads
+    if group == 1 or group > block_m or q_len > block_m * _PACK_BELOW:
+        return False
+    return not _query_head_matters(pattern, q_heads, kv_heads)
+
+
+@lru_cache(maxsize=1024)
+def _query_head_matters(pattern: str, q_heads: int, kv_heads: int) -> bool:
+    node = read_short(pattern)
+    return query_head_matters(desugar(node), slots(node), q_heads, kv_heads)
+
+
+def refuse_selections(node: Op) -> None:
+    """Raises UnsupportedError where data are still to be selected by a score."""
+    for op in walk(node):
+        if is_selected(op):
+            raise UnsupportedError(
+                f"pattern: {short_text(op)}",
+                given="a selection, which no operation computes yet",
+                allowed="patterns whose data are given as tensors",
+                remedy=f"compute the indices yourself and pass them to {op.kind}(…)",
+            )
+
+
+@lru_cache(maxsize=1024)
+def level_1(node: Op) -> Op:
+    """The disjoint terms of a pattern."""
+    for one_pass in LEVEL_1:
+        node = one_pass(node)
+    return node
+
+
+def lower(request: Request, block_m: int, block_n: int, options: tuple[str, ...]) -> Lowered:
+    """All levels of a request for one tile size."""
+    node = read_short(request.pattern)
+    refuse_selections(node)
+    terms = level_1(node)
+    pack = request.q_heads // request.kv_heads if request.packed else 1
+    shape = Shape(request.q_heads, request.kv_heads, block_m // pack, block_m, block_n)
+    program = tile(terms, slots(node), shape)
+    kernel = hoist(schedule(program, request.call, pack, options))
+    return Lowered(node, terms, program, kernel, pack)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A request with its levels and its launchable kernel."""
+
+    request: Request
+    lowered: Lowered
+    kernel: Any
+
+
+@lru_cache(maxsize=4096)
+def lowered(request: Request) -> Lowered:
+    """The levels of a request with its backend's default schedule."""
+    call = request.call
+    chosen = backend_of(request.target).default_schedule(call.head_dim, call.value_dim, call.dtype, request.target)
+    return lower(request, chosen["block_m"], chosen["block_n"], tuple(chosen["options"]))
+
+
+_kernels: dict[tuple[Op, Target], Any] = {}
+
+
+@lru_cache(maxsize=4096)
+def compiled(request: Request) -> Compiled:
+    """The launchable kernel of a request; equal kernels of different requests are built once."""
+    levels = lowered(request)
+    key = (levels.kernel, request.target)
+    if key not in _kernels:
+        _kernels[key] = backend_of(request.target).build(levels.kernel, request.target)
+    return Compiled(request, levels, _kernels[key])
+
+
+def compile_count() -> int:
+    """How many different kernels this process has built or loaded."""
+    return len(_kernels)
