@@ -9,7 +9,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench check format clean
+.PHONY: help demo test bench check check-format check-lint check-types check-imports format clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -32,10 +32,19 @@ test: $(VENV)/.with-dev
 bench: $(VENV)/.with-demo
 	@$(BIN)/python -m spgen bench $(ARGS)
 
-check: $(VENV)/.with-dev
+# one target each, so that `make --keep-going check` shows all that is wrong
+check: check-format check-lint check-types check-imports
+
+check-format: $(VENV)/.with-dev
 	$(BIN)/ruff format --check .
+
+check-lint: $(VENV)/.with-dev
 	$(BIN)/ruff check .
+
+check-types: $(VENV)/.with-dev
 	$(BIN)/mypy
+
+check-imports: $(VENV)/.with-dev
 	$(BIN)/lint-imports
 
 format: $(VENV)/.with-dev
