@@ -3,9 +3,9 @@
 An `Op` has a name such as "pattern.window", operands (other ops) and attributes. Each level is a `Dialect`: a table of
 `OpDef`s. The text is MLIR's generic form, one operation per line, and the last operation is the result:
 
-    %0 = "pattern.causal"() : () -> !pattern.set
-    %1 = "pattern.window"() {left = 1024, right = 0} : () -> !pattern.set
-    %2 = "pattern.and"(%0, %1) : (!pattern.set, !pattern.set) -> !pattern.set
+    %0 = "pattern.causal"() : () -> !pattern.value
+    %1 = "pattern.window"() {left = 1024, right = 0} : () -> !pattern.value
+    %2 = "pattern.and"(%0, %1) : (!pattern.value, !pattern.value) -> !pattern.value
 
 Expressions and slots are written as strings, so generic MLIR tools can read every level.
 """
@@ -21,7 +21,7 @@ from spgen.errors import SpgenError, TextError, VerifyError
 from spgen.ir import expr
 from spgen.ir.expr import Expr
 from spgen.ir.interned import Interned
-from spgen.ir.text import Parser, Tree, parse
+from spgen.ir.text import Parser, Tree, float_text, parse
 
 Attribute: TypeAlias = "int | float | bool | str | Expr | Slot | None | tuple[Any, ...]"
 
@@ -33,6 +33,9 @@ class Slot(metaclass=Interned):
 
     def __init__(self, index: int, dtype: str, dims: tuple[int | str, ...]) -> None:
         self.index, self.dtype, self.dims = index, dtype, dims
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, (self.index, self.dtype, self.dims)
 
     def __str__(self) -> str:
         return f"${self.index}: {self.dtype}[{', '.join(map(str, self.dims))}]"
@@ -56,6 +59,9 @@ class Op(metaclass=Interned):
 
     def __init__(self, name: str, operands: tuple[Op, ...], attrs: tuple[tuple[str, Attribute], ...]) -> None:
         self.name, self.operands, self.attrs = name, operands, attrs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Op, (self.name, self.operands, self.attrs)
 
     def __getitem__(self, attribute: str) -> Any:
         for name, value in self.attrs:
@@ -194,8 +200,10 @@ def print_op(root: Op) -> str:
 def _attribute_text(value: Attribute) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
+    if isinstance(value, int):
         return str(value)
+    if isinstance(value, float):
+        return float_text(value)
     if isinstance(value, tuple):
         return f"[{', '.join(map(_attribute_text, value))}]"
     return json.dumps(str(value), ensure_ascii=False)

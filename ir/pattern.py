@@ -19,7 +19,7 @@ from typing import Any
 from spgen.errors import PatternError, SpgenError, TextError
 from spgen.ir.expr import Expr, free_variables, from_tree, tables
 from spgen.ir.node import Dialect, Op, OpDef, Slot, rewrite, walk
-from spgen.ir.text import Tree, parse
+from spgen.ir.text import Tree, float_text, parse
 
 PREDICATE_VARIABLES = ("b", "h", "i", "j")
 INTEGERS = ("int32", "int64")
@@ -84,7 +84,11 @@ def _check_block(op: Op) -> SpgenError | None:
 
 
 def _check_selection(op: Op, count: str) -> SpgenError | None:
-    """A selection needs a score; a density lies in (0, 1]."""
+    """A selection needs a score; a density lies in (0, 1]; given data need neither a score nor candidates."""
+    if op[count] is None and op["scores"] is not None:
+        return PatternError(f"{op.kind}: scores", given="a score together with data", allowed=f"a score with {count}=")
+    if len(op.operands) > (op[count] is not None):
+        return PatternError(f"{op.kind}: among", given=f"{len(op.operands)} patterns", allowed=f"one, with {count}=")
     if op[count] is not None and op["scores"] is None:
         return PatternError(f"{op.kind}: scores", given="nothing", allowed=f"a score, because {count}= was given")
     if count == "density" and op[count] is not None and not 0 < op[count] <= 1:
@@ -102,14 +106,20 @@ def _check_top_k(op: Op) -> SpgenError | None:
 
 
 def _check_vertical_slash(op: Op) -> SpgenError | None:
-    if op["vertical"] is None:
-        return (
-            _one_of(op, "columns", "vertical", remedy="pass columns and offsets, or vertical=, slash= and scores=")
-            or _one_of(op, "offsets", "slash", remedy="pass columns and offsets, or vertical=, slash= and scores=")
-            or _slot(op, "columns", INTEGERS, 1, 2, 3)
-            or _slot(op, "offsets", INTEGERS, 1, 2, 3)
+    given = tuple(name for name in ("columns", "offsets", "vertical", "slash") if op[name] is not None)
+    if given not in (("columns", "offsets"), ("vertical", "slash")):
+        return PatternError(
+            "vertical_slash: data",
+            given=" and ".join(given) or "nothing",
+            allowed="columns and offsets, or vertical, slash and scores",
+            remedy="use columns() or diagonals() for one of the two alone",
         )
-    return _at_least(op, vertical=0, slash=0) or _check_selection(op, "vertical")
+    return (
+        _slot(op, "columns", INTEGERS, 1, 2, 3)
+        or _slot(op, "offsets", INTEGERS, 1, 2, 3)
+        or _at_least(op, vertical=0, slash=0)
+        or _check_selection(op, "vertical")
+    )
 
 
 def _check_n_of_m(op: Op) -> SpgenError | None:
@@ -117,13 +127,18 @@ def _check_n_of_m(op: Op) -> SpgenError | None:
     if problem is None and op["n"] > op["m"]:
         problem = PatternError("n_of_m: n", given=op["n"], allowed=f"at most m = {op['m']}")
     return (
-        problem or _one_of(op, "mask", "scores", remedy="pass mask=, or scores=") or _slot(op, "mask", MASKS, 2, 3, 4)
+        problem
+        or _one_of(op, "mask", "scores", remedy="pass mask=, or scores=")
+        or _slot(op, "mask", MASKS, 2, 3, 4)
+        or _check_selection(op, "scores")
     )
 
 
 def _check_permuted(op: Op) -> SpgenError | None:
     if op["q"] is None and op["k"] is None and op["k_rule"] is None:
         return PatternError("permuted: order", given="neither q= nor k=", allowed="an order of rows, of keys, or both")
+    if op["k"] is not None and op["k_rule"] is not None:
+        return PatternError("permuted: k", given="an order and a rule", allowed="one of the two")
     return _slot(op, "q", INTEGERS, 1, 2, 3) or _slot(op, "k", INTEGERS, 1, 2, 3)
 
 
@@ -188,8 +203,8 @@ PATTERN = Dialect(
 class Signature:
     """How an operation is written in the short text: positional attributes, then keywords with their defaults.
 
-    "index|k" is whichever of the two is given; "=rows" repeats another attribute; `among` names the operand of
-    a selection, and `text` the attributes that hold a call such as last_queries(64) verbatim.
+    "index|k" is a slot or, in the same place, what a selection has instead; "=rows" repeats another attribute; `among`
+    says that an operand may follow as among=.
     """
 
     positional: tuple[str, ...] = ()
@@ -219,10 +234,9 @@ SIGNATURES: dict[str, Signature] = {
     "top_k": Signature(("index|k",), {"rows": 1, "cols": 1, "scores": None}, among=True),
     "n_of_m": Signature(("n", "m"), {"mask": None, "scores": None}, among=True),
     "documents": Signature(("cu_seqlens",)),
-    "permuted": Signature((), {"q": None, "k": None, "k_rule": None}, pattern=True),
+    "permuted": Signature((), {"q": None, "k|k_rule": None}, pattern=True),
     "cover": Signature(("rows", "cols"), pattern=True),
 }  # fmt: skip
-_VERBATIM = ("scores", "k_rule")
 _SIGNS = {"or": ("|", 1), "and": ("&", 2)}
 
 
@@ -257,21 +271,27 @@ def _arguments(op: Op, inner: list[str]) -> Iterator[str]:
         yield inner[0]
     for name in signature.positional:
         yield next(_value_text(op[n]) for n in name.split("|") if op[n] is not None)
-    for name, default in dict(signature.keywords).items():
-        if op[name] != (op[default[1:]] if isinstance(default, str) else default):
-            yield f"{name}={_value_text(op[name])}"
+    for names, default in dict(signature.keywords).items():
+        for name in names.split("|"):
+            if op[name] != (op[default[1:]] if isinstance(default, str) else default):
+                yield f"{names.partition('|')[0]}={_value_text(op[name])}"
     if signature.among and inner:
         yield f"among={inner[0]}"
 
 
 def _value_text(value: Any) -> str:
+    if isinstance(value, float):
+        return float_text(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @lru_cache(maxsize=1024)
 def read_short(text: str) -> Op:
     """The node that prints as `text`; raises TextError with the faulty part underlined."""
-    return _Reader(text).node(parse(text))
+    try:
+        return _Reader(text).node(parse(text))
+    except RecursionError:
+        raise TextError("this text is nested too deeply", text=text, start=0, end=1) from None
 
 
 class _Reader:
@@ -303,26 +323,30 @@ class _Reader:
             raise self.fail(str(error), tree) from None
 
     def _call(self, tree: Tree, signature: Signature) -> Op:
-        attrs: dict[str, Any] = dict(signature.keywords)
+        kinds = PATTERN.ops[tree.head].attrs
+        places = {n.partition("|")[0]: n.split("|") for n in (*signature.positional, *dict(signature.keywords))}
+        attrs = {part: value for names, value in dict(signature.keywords).items() for part in names.split("|")}
         operands: list[Op] = []
         given = list(tree.positional())
-        if signature.pattern and given:
+        if signature.pattern:
+            if not given:
+                raise self.fail(f"{tree.head} needs a pattern", tree)
             operands.append(self.node(given.pop(0)))
-        if len(given) > len(signature.positional):
-            raise self.fail(f"{tree.head} takes {len(signature.positional)} positional arguments", given[-1])
-        kinds = PATTERN.ops[tree.head].attrs
-        for name, value in zip(signature.positional, given, strict=False):
-            if "|" in name:
-                slot, count = name.split("|")
-                name = slot if value.kind == "slot" else count
-            attrs[name] = self._value(value, kinds[name])
-        for name, value in tree.keywords().items():
+        if len(given) > len(places):
+            raise self.fail(f"{tree.head} takes at most {len(places)} arguments", given[-1])
+        seen = set()
+        keywords = [(item.head, item.items[0]) for item in tree.items if item.kind == "keyword"]
+        for name, value in [*zip(places, given, strict=False), *keywords]:
+            if name in seen:
+                raise self.fail(f"{tree.head} has {name} twice", value)
+            seen.add(name)
             if name == "among" and signature.among:
                 operands.append(self.node(value))
-            elif name in kinds:
-                attrs[name] = self._value(value, kinds[name])
+            elif name in places:
+                attribute = places[name][0 if value.kind == "slot" else -1]
+                attrs[attribute] = self._value(value, kinds[attribute])
             else:
-                raise self.fail(f"{tree.head} has no argument {name!r}: it has {', '.join(kinds)}", value)
+                raise self.fail(f"{tree.head} has no argument {name!r}: it has {', '.join(places)}", value)
         missing = [n for n in signature.positional if not any(attrs.get(part) is not None for part in n.split("|"))]
         if missing:
             raise self.fail(f"{tree.head} needs {missing[0].replace('|', ' or ')}", tree)

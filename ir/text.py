@@ -157,6 +157,9 @@ class Parser:
             self.fail("expected a dtype such as int32", dtype)
         self.expect("[")
         dims = self._sequence("]")
+        for dim in dims:
+            if dim.kind not in ("int", "name"):
+                self.fail("expected a size or a letter", dim)
         kind = Tree("name", dtype.text, (), dtype.start, dtype.end)
         return Tree("slot", token.text[1:], (kind, *dims), token.start, self.tokens[self.at - 1].end)
 
@@ -184,9 +187,18 @@ class Parser:
         return self.expression()
 
 
+def float_text(value: float) -> str:
+    """The shortest text of a float that MLIR and this reader take: 1.0e-05, never 1e-05."""
+    digits, e, exponent = repr(value).partition("e")
+    return f"{digits if '.' in digits else digits + '.0'}{e}{exponent}"
+
+
 def parse(text: str) -> Tree:
     """The tree of one complete expression."""
     parser = Parser(text)
-    tree = parser.expression()
+    try:
+        tree = parser.expression()
+    except RecursionError:
+        parser.fail("this text is nested too deeply")
     parser.end()
     return tree
