@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from spgen.errors import ToolchainError as ToolchainError
     from spgen.errors import UnsupportedError as UnsupportedError
     from spgen.errors import VerifyError as VerifyError
-    from spgen.ops import attention as attention
+    from spgen.attend import attention as attention
     from spgen.patterns import Pattern as Pattern
     from spgen.patterns import block as block
     from spgen.patterns import causal as causal
@@ -59,7 +59,7 @@ _HOMES = {
     "sink stripe top_k vertical_slash where window",
     "spgen.scores": "column_mass last_queries page_bounds pooled sort_within",
     "spgen.trace": "maximum minimum select",
-    "spgen.ops": "attention",
+    "spgen.attend": "attention",
     "spgen.compile": "compile_count",
     "spgen.errors": "CacheError CacheWarning CompileError DataError DeviceError DtypeError GradientError PatternError "
     "PlanError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError",

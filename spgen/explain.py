@@ -1,0 +1,235 @@
+"""What the compiler did with a pattern, and why: the answer of `attend.explain(q, k, v)` and `spgen explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.attend import Attention
+from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
+from spgen.data import check_shapes
+from spgen.ir.expr import Expr
+from spgen.ir.kernel import option, parts
+from spgen.ir.node import Op
+from spgen.ir.pattern import read_short, slots
+from spgen.ir.tiles import segments, table_ops
+from spgen.ops import _request
+from spgen.passes.cost import Cost, Counts, estimate
+from spgen.passes.schedule import Call
+from spgen.patterns import Pattern
+from spgen.reference import mask
+from spgen.tables import Builder
+from spgen.target import Target
+
+_EXACT_PAIRS = 2**24  # up to this many pairs density is counted, beyond it is measured on sampled rows
+_SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The parts of an explanation; `str()` lays them out."""
+
+    pattern: str
+    target: Target
+    lowered: Lowered
+    shape: tuple[int, int, int, int, int]
+    counts: tuple[Counts, ...] = ()
+    cost: Cost | None = None
+    density: float | None = None
+    sampled: bool = False
+    kernel: Any = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        lines = [f"pattern    {self.pattern}", f"target     {self.target}", f"call       {self._call()}"]
+        lines += [f"density    {self._density()}"]
+        lines += self._segments()
+        if self.cost is not None:
+            lines += _cost_lines(self.cost)
+        lines += [f"kernel     {self._kernel()}"]
+        return "\n".join(lines)
+
+    def _call(self) -> str:
+        batch, q_heads, kv_heads, q_len, kv_len = self.shape
+        kernel = self.lowered.kernel
+        return (
+            f"{kernel['dtype']}  q [{batch}, {q_heads}, {q_len}, {kernel['head_dim']}]  "
+            f"k [{batch}, {kv_heads}, {kv_len}, {kernel['head_dim']}]  v [..., {kernel['value_dim']}]"
+        )
+
+    def _density(self) -> str:
+        if self.density is None:
+            return "depends on the data"
+        return f"{self.density:.2%} of the pairs" + (f" (on {_SAMPLED_ROWS} sampled rows)" if self.sampled else "")
+
+    def _segments(self) -> list[str]:
+        lines = []
+        for number, segment in enumerate(segments(self.lowered.program)):
+            count = next((c for c in self.counts if c.name == segment["name"]), None)
+            tiles = f"{count.full:,} full + {count.masked:,} masked tiles" if count else "tiles depend on the data"
+            head = "segments   " if number == 0 else "           "
+            lines.append(f"{head}{segment['name']} {segment['source']}  {tiles}  {_how(segment)}")
+        tables = [op["name"] for op in table_ops(self.lowered.program)]
+        return [*lines, f"tables     {', '.join(tables) or 'none: closed forms need no plan'}"]
+
+    def _kernel(self) -> str:
+        kernel, pack = self.lowered.kernel, self.lowered.pack
+        backend = "triton" if self.target.kind != "cpu" else "tvm"
+        reasons = [f"row tiles of {kernel['block_m']} x {kernel['block_n']} keys"]
+        reasons += [f"{pack} heads of a group share a row tile, because the call has few rows"] if pack > 1 else []
+        reasons += [", ".join(kernel["options"])] if kernel["options"] else []
+        return f"{backend} attention: {'; '.join(reasons)}"
+
+
+def _how(segment: Op) -> str:
+    if segment["exact"]:
+        return "whole tiles run without a mask"
+    return f"every tile is masked by {segment['mask']}" if segment["mask"] is not None else "lengths are masked"
+
+
+def _cost_lines(cost: Cost) -> list[str]:
+    useful = cost.needed_pairs / cost.visited_pairs if cost.visited_pairs else 1.0
+    return [
+        f"work       {cost.flops / 1e9:,.2f} GFLOP needed, {cost.visited_flops / 1e9:,.2f} computed ({useful:.0%} useful)",
+        f"bytes      {cost.bytes / 1e6:,.1f} MB, of it {cost.plan_bytes / 1e6:,.2f} MB of tables; workspace 0",
+        f"predicted  {cost.seconds * 1e3:,.3f} ms, limited by {cost.bound}",
+    ]
+
+
+def explain(
+    attend: Attention, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int | Tensor | None = None,
+    kv_lengths: Tensor | None = None,
+) -> Explanation:  # fmt: skip
+    """Explains a call; reads the pattern's data, so it waits for the device. Errors are those of the call."""
+    from spgen.ops import _check
+
+    text = repr(attend.pattern)
+    _check(q, k, v, attend.pattern.data, text, q_offset, kv_lengths)
+    request = _request(q, k, v.shape[3], text, q_offset, kv_lengths, False)
+    return _explained(request, attend.pattern, q, k, q_offset, kv_lengths)
+
+
+def _explained(
+    request: Request, pattern: Pattern, q: Tensor, k: Tensor, q_offset: int | Tensor | None, kv_lengths: Tensor | None
+) -> Explanation:
+    levels = lowered(request)
+    shape = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
+    kv_len = k.shape[2] if kv_lengths is None else kv_lengths.clamp(0, k.shape[2])
+    offset = kv_len - q.shape[2] if q_offset is None else q_offset
+    builder = Builder(
+        pattern.data, q.device, q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q_offset=offset, kv_len=kv_len
+    )
+    tables = builder.build(levels.program)
+    counts = tuple(count_tiles(levels, builder))
+    density, sampled = measure_density(pattern, shape, offset, kv_lengths)
+    needed = round(density * shape[0] * shape[1] * shape[3] * shape[4])
+    cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
+    return Explanation(request.pattern, request.target, levels, shape, counts, cost, density, sampled)
+
+
+def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
+    """The tiles of each segment, summed over sequences, heads and row tiles."""
+    kernel, program = levels.kernel, levels.program
+    tiles = max(1, -(-builder.q_len // program["row_tile"]))
+    heads = "kv" if levels.pack > 1 else "q"
+    programs = builder.batch * (builder.kv_heads if levels.pack > 1 else builder.q_heads)
+    env: dict[str, Any] = {**builder.variables(heads, 1), "tile": builder.arange(tiles).reshape(1, 1, -1)}
+    for let in parts(kernel, "let"):
+        if let["per"] == "program":
+            env[let["name"]] = builder.evaluate(let["value"], env, heads)
+
+    def value(node: Expr) -> Tensor:
+        found = torch.as_tensor(builder.evaluate(node, env, heads))
+        return found.expand(builder.batch, programs // builder.batch, tiles) if found.dim() in (0, 3) else found
+
+    return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]
+
+
+def _count(segment: Op, block_n: int, value: Any) -> Counts:
+    def tiles(length: Tensor) -> Tensor:
+        return torch.div(length + (block_n - 1), block_n, rounding_mode="floor")
+
+    start, stop = value(segment["start"]), value(segment["stop"])
+    if segment["full_start"] is None:
+        return Counts(segment["name"], 0, int(tiles(stop - start).sum()), segment["contiguous"])
+    first, last = value(segment["full_start"]), value(segment["full_stop"])
+    full = torch.div(last - first, block_n, rounding_mode="floor")
+    masked = tiles(first - start) + tiles(stop - first - full * block_n)
+    return Counts(segment["name"], int(full.sum()), int(masked.sum()), segment["contiguous"])
+
+
+def measure_density(
+    pattern: Pattern, shape: tuple[int, int, int, int, int], offset: int | Tensor, kv_lengths: Tensor | None
+) -> tuple[float, bool]:
+    """Share of the pairs that the pattern holds, and whether it was measured on sampled rows only."""
+    batch, q_heads, kv_heads, q_len, kv_len = shape
+    total = batch * q_heads * q_len * kv_len
+    if total == 0:
+        return 0.0, False
+    if total <= _EXACT_PAIRS or _indexes_rows(pattern):
+        dense = mask(pattern, q_len, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=offset, kv_lengths=kv_lengths)
+        return float(dense.sum()) / total, False
+    found = 0
+    # Positions alone decide closed forms and column lists: single rows can be asked for by their offset.
+    for sample in range(_SAMPLED_ROWS):
+        row = (2 * sample + 1) * q_len // (2 * _SAMPLED_ROWS)
+        dense = mask(pattern, 1, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=offset + row, kv_lengths=kv_lengths)
+        found += int(dense.sum())
+    return found / (total / q_len * _SAMPLED_ROWS), True
+
+
+def _indexes_rows(pattern: Pattern) -> bool:
+    """Whether data are listed by row, so that the mask needs the call's own rows."""
+    return any(slot.dims[-1] in ("C", "K") and len(slot.dims) >= 2 and "R" in slot.dims for slot in slots(pattern.node)) or any(
+        "P" in slot.dims or "N" in slot.dims for slot in slots(pattern.node)
+    )
+
+
+def explain_text(
+    pattern_text: str, *, q_shape: tuple[int, int, int, int], kv_heads: int, kv_len: int, v_dim: int, dtype: str,
+    target: str, ir: bool, source: bool,
+) -> str:  # fmt: skip
+    """The explanation of pattern text for shapes alone; with `ir` all levels, with `source` the rendered kernel."""
+    node = read_short(pattern_text)
+    chosen = Target.of(target)
+    batch, q_heads, q_len, head_dim = q_shape
+    call = Call(dtype, head_dim, v_dim)
+    request = Request(pattern_text, call, q_heads, kv_heads, False, chosen)
+    packed = is_packed(pattern_text, q_heads, kv_heads, q_len, lowered(request).kernel["block_m"])
+    request = Request(pattern_text, call, q_heads, kv_heads, packed, chosen)
+    shape = (batch, q_heads, kv_heads, q_len, kv_len)
+    if slots(node):
+        report = Explanation(pattern_text, chosen, lowered(request), shape)
+    else:
+        check_shapes(node, (), q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
+        q = torch.empty(q_shape, device="meta")
+        k = torch.empty((batch, kv_heads, kv_len, head_dim), device="meta")
+        report = _explained(request, Pattern(node), _on_cpu(q), _on_cpu(k), None, None)
+    sections = [str(report)]
+    if ir:
+        sections += [f"-- {name} --\n{level}" for name, level in levels_of(report.lowered).items()]
+    if source:
+        kernel = backend_of(chosen).build(report.lowered.kernel, chosen)
+        sections += [f"-- source --\n{kernel.source}"]
+    return "\n\n".join(sections)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """A CPU tensor of the same shape that takes no memory."""
+    return torch.empty(1).expand(tensor.shape)
+
+
+def levels_of(levels: Lowered) -> Mapping[str, str]:
+    """The text of each level, in order."""
+    return {
+        "level 1: pattern": str(levels.pattern),
+        "level 1: disjoint terms": str(levels.terms),
+        "level 2: tiles": str(levels.program),
+        "level 3: kernel": str(levels.kernel),
+    }
+
+
+__all__ = ["Explanation", "Sequence", "count_tiles", "explain", "explain_text", "levels_of", "measure_density", "option"]
