@@ -220,7 +220,7 @@ def _check_extents(subject: str, op: Op, name: str, tensor: Tensor, call: _Call)
     axes = role_of(op, name).axes
     sizes = dict(zip(axes, tensor.shape[-len(axes) :], strict=True))
     for axis, (size, reason) in _extents(op, name, call).items():
-        if sizes[axis] != size:
+        if axis in sizes and sizes[axis] != size:
             raise ShapeError(
                 subject,
                 given=f"{axis} = {sizes[axis]} in shape {list(tensor.shape)}",
