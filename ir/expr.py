@@ -155,10 +155,12 @@ COMMUTATIVE = {"add", "mul", "min", "max", "and", "or", "xor", "eq", "ne"}
 
 
 def const(value: int | bool) -> Expr:
+    """A constant."""
     return Expr("const", (value,))
 
 
 def var(name: str) -> Expr:
+    """A variable."""
     return Expr("var", (name,))
 
 
@@ -166,6 +168,7 @@ TRUE, FALSE = const(True), const(False)
 
 
 def as_expr(value: ExprLike) -> Expr:
+    """`value` as an expression; raises TypeError when it is neither a number nor one already."""
     if isinstance(value, Expr):
         return value
     if isinstance(value, int):
@@ -186,7 +189,8 @@ def rebuild(node: Expr, children: Iterable[Expr]) -> Expr:
         return node
     if node.op in _TABLE:
         return Expr(node.op, (node.args[0], *children))
-    return _SMART.get(node.op, lambda *args: fold(node.op, *args))(*children)
+    smart = _SMART.get(node.op)
+    return smart(*children) if smart else fold(node.op, *children)
 
 
 def heads(values: Iterable[int]) -> Expr:
@@ -196,14 +200,17 @@ def heads(values: Iterable[int]) -> Expr:
 
 
 def load(table: str, row: ExprLike, col: ExprLike) -> Expr:
+    """The integer at [row, col] of a table."""
     return Expr("load", (table, as_expr(row), as_expr(col)))
 
 
 def bit(table: str, row: ExprLike, x: ExprLike) -> Expr:
+    """Bit `x` of a table's row."""
     return Expr("bit", (table, as_expr(row), as_expr(x)))
 
 
 def count_le(table: str, row: ExprLike, x: ExprLike) -> Expr:
+    """How many entries of the ascending list at `row` are at most `x`."""
     return Expr("count_le", (table, as_expr(row), as_expr(x)))
 
 
@@ -254,6 +261,7 @@ def split_constant(node: Expr) -> tuple[Expr, int]:
 
 
 def sub(a: Expr, b: Expr) -> Expr:
+    """Difference; what both sides share cancels: (i + 3) - (i - 2) is 5."""
     (x, c), (y, d) = split_constant(a), split_constant(b)
     if x is y:
         return const(c - d)
@@ -265,6 +273,7 @@ def sub(a: Expr, b: Expr) -> Expr:
 
 
 def mul(a: Expr, b: Expr) -> Expr:
+    """Product."""
     if _value(a) is not None:
         a, b = b, a
     if _value(b) == 1:
@@ -275,10 +284,12 @@ def mul(a: Expr, b: Expr) -> Expr:
 
 
 def floordiv(a: Expr, b: Expr) -> Expr:
+    """Quotient rounded down."""
     return a if _value(b) == 1 else fold("floordiv", a, b)
 
 
 def mod(a: Expr, b: Expr) -> Expr:
+    """Remainder with the divisor's sign."""
     return const(0) if _value(b) == 1 else fold("mod", a, b)
 
 
@@ -309,6 +320,7 @@ maximum = _extremum("max", max)
 
 
 def and_(a: Expr, b: Expr) -> Expr:
+    """Conjunction (of integers: bitwise and)."""
     if FALSE in (a, b):
         return FALSE
     if a is TRUE or a is b:
@@ -319,6 +331,7 @@ def and_(a: Expr, b: Expr) -> Expr:
 
 
 def or_(a: Expr, b: Expr) -> Expr:
+    """Disjunction (of integers: bitwise or)."""
     if TRUE in (a, b):
         return TRUE
     if a is FALSE or a is b:
@@ -332,6 +345,7 @@ _NEGATED = {"lt": ("le", True), "le": ("lt", True), "eq": ("ne", False), "ne": (
 
 
 def not_(a: Expr) -> Expr:
+    """Complement; comparisons are turned round."""
     if a.op == "not":
         return a.args[0]  # type: ignore[no-any-return]
     if a.op in _NEGATED:
@@ -369,6 +383,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 
 
 def free_variables(node: Expr) -> frozenset[str]:
+    """The names of the variables in `node`."""
     return frozenset(n.args[0] for n in walk(node) if n.op == "var")
 
 
@@ -558,8 +573,7 @@ def from_tree(tree: Tree, text: str) -> Expr:
             raise fail(f"unknown function {t.head!r}: known are {', '.join([*_CALLS, *sorted(_TABLE)])}", t)
         if len(t.items) != _CALLS[t.head]:
             raise fail(f"{t.head} takes {_CALLS[t.head]} operands", t)
-        args = [convert(item) for item in t.items]
-        return _SMART.get(t.head, lambda *a: fold(t.head, *a))(*args)
+        return rebuild(Expr(t.head, ()), [convert(item) for item in t.items])
 
     return convert(tree)
 
@@ -571,7 +585,7 @@ def _binary(sign: str, a: Expr, b: Expr) -> Expr:
     if sign in (">", ">="):
         return fold("lt" if sign == ">" else "le", b, a)
     op = _OPS[sign]
-    return _SMART.get(op, lambda *args: fold(op, *args))(a, b)
+    return rebuild(Expr(op, ()), (a, b))
 
 
 def to_sympy(node: Expr) -> Any:

@@ -22,6 +22,7 @@ class Interned(type):
         cls._nodes: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
 
     def __call__(cls, *fields: Any) -> Any:
+        """The node with these fields; the same object for equal fields."""
         # True == 1 in Python: the types belong in the key, or `const(True)` would come back as `const(1)`.
         key = (fields, _types(fields))
         with Interned._lock:

@@ -23,7 +23,7 @@ from spgen.ir.expr import Expr
 from spgen.ir.interned import Interned
 from spgen.ir.text import Parser, Tree, float_text, parse
 
-Attribute: TypeAlias = "int | float | bool | str | Expr | Slot | None | tuple[Any, ...]"
+Attribute: TypeAlias = "int | float | bool | str | Expr | Slot | tuple[Any, ...] | None"
 
 
 class Slot(metaclass=Interned):
@@ -45,6 +45,7 @@ class Slot(metaclass=Interned):
 
     @staticmethod
     def from_tree(tree: Tree) -> Slot:
+        """The slot that a parsed text such as `$0: int32[1, 8, K]` means."""
         dtype, *dims = tree.items
         return Slot(int(tree.head), dtype.head, tuple(int(d.head) if d.kind == "int" else d.head for d in dims))
 
@@ -85,9 +86,9 @@ class Op(metaclass=Interned):
 class OpDef:
     """What an operation may look like.
 
-    `attrs` maps attribute names to kinds: int, float, bool, str, expr, slot, ints, strs, exprs or slots (tuples), with "?"
-    for one that may be absent (None). `operands` is a count, or None for any. `check` returns what is wrong, if
-    anything.
+    `attrs` maps attribute names to kinds: int, float, bool, str, expr, slot, ints, strs, exprs or slots
+    (tuples), with "?" for one that may be absent (None). `operands` is a count, or None for any. `check` returns what
+    is wrong, if anything.
     """
 
     attrs: Mapping[str, str] = field(default_factory=dict)
@@ -186,7 +187,8 @@ def rewrite(root: Op, rule: Callable[[Op], Op]) -> Op:
 
 def print_op(root: Op) -> str:
     """The text of `root` and everything below it, one operation a line."""
-    lines, names = [], {}
+    lines: list[str] = []
+    names: dict[Op, str] = {}
     for op in walk(root):
         names[op] = f"%{len(names)}"
         inputs = ", ".join(names[operand] for operand in op.operands)

@@ -17,7 +17,7 @@ from functools import lru_cache, reduce
 from typing import Any
 
 from spgen.errors import PatternError, SpgenError, TextError
-from spgen.ir.expr import Expr, free_variables, from_tree, tables
+from spgen.ir.expr import free_variables, from_tree, tables
 from spgen.ir.node import Dialect, Op, OpDef, Slot, rewrite, walk
 from spgen.ir.text import Tree, float_text, parse
 
@@ -75,7 +75,7 @@ def _check_where(op: Op) -> SpgenError | None:
 def _check_block(op: Op) -> SpgenError | None:
     return (
         _at_least(op, rows=1, cols=1)
-        or _one_of(op, "mask", "indices", "density", remedy="pass mask=, indices= (with indptr= for CSR), or density= with scores=")
+        or _one_of(op, "mask", "indices", "density", remedy="pass mask=, indices= (and indptr=), or density= and scores=")
         or _slot(op, "mask", MASKS, 2, 3, 4)
         or _slot(op, "indices", INTEGERS, *((1, 2, 3) if op["indptr"] is not None else (2, 3, 4)))
         or _slot(op, "indptr", INTEGERS, 1, 2, 3)
@@ -157,12 +157,18 @@ PATTERN = Dialect(
         "sink": OpDef({"n": "int"}, check=_floors(n=0)),
         "window": OpDef({"left": "int", "right": "int"}, check=_floors(left=0, right=0)),
         "stripe": OpDef(
-            {"stride": "int", "width": "int", "offset": "int", "cols": "int", "relative": "bool", "shift_per_head": "int"},
+            {
+                "stride": "int", "width": "int", "offset": "int", "cols": "int", "relative": "bool",
+                "shift_per_head": "int",
+            },
             check=_check_stripe,
         ),
         "where": OpDef({"predicate": "expr"}, check=_check_where),
         "block": OpDef(
-            {"rows": "int", "cols": "int", "mask": "slot?", "indices": "slot?", "indptr": "slot?", "density": "float?", "scores": "str?"},
+            {
+                "rows": "int", "cols": "int", "mask": "slot?", "indices": "slot?", "indptr": "slot?",
+                "density": "float?", "scores": "str?",
+            },
             operands=None,
             check=_check_block,
         ),
@@ -178,7 +184,9 @@ PATTERN = Dialect(
             operands=None,
             check=_check_top_k,
         ),
-        "n_of_m": OpDef({"n": "int", "m": "int", "mask": "slot?", "scores": "str?"}, operands=None, check=_check_n_of_m),
+        "n_of_m": OpDef(
+            {"n": "int", "m": "int", "mask": "slot?", "scores": "str?"}, operands=None, check=_check_n_of_m
+        ),
         "documents": OpDef({"cu_seqlens": "slot"}, check=lambda op: _slot(op, "cu_seqlens", INTEGERS, 1)),
         "permuted": OpDef({"q": "slot?", "k": "slot?", "k_rule": "str?"}, operands=1, check=_check_permuted),
         "cover": OpDef({"rows": "int", "cols": "int"}, operands=1, check=_floors(rows=1, cols=1)),
@@ -399,18 +407,15 @@ def is_selected(op: Op) -> bool:
 
 
 def conjunction(*ops: Op) -> Op:
+    """The pairs in all of `ops`."""
     return reduce(lambda a, b: PATTERN.make("and", a, b), ops) if ops else PATTERN.make("dense")
 
 
 def disjunction(*ops: Op) -> Op:
+    """The pairs in any of `ops`."""
     return reduce(lambda a, b: PATTERN.make("or", a, b), ops) if ops else negation(PATTERN.make("dense"))
 
 
 def negation(op: Op) -> Op:
+    """The pairs not in `op`."""
     return op.operands[0] if op.kind == "not" else PATTERN.make("not", op)
-
-
-__all__ = [
-    "PATTERN", "PREDICATE_VARIABLES", "Expr", "Signature", "conjunction", "disjunction", "is_selected", "negation", "read_short", "renumber", "short_text",
-    "slots",
-]  # fmt: skip

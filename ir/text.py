@@ -37,6 +37,8 @@ _UNARY_LEVEL = 8
 
 @dataclass(frozen=True)
 class Token:
+    """A word of the text, its kind and its place."""
+
     kind: str
     text: str
     start: int
@@ -47,8 +49,8 @@ class Token:
 class Tree:
     """A parsed piece of text.
 
-    `kind` is one of int, float, name, slot, value, string, list, unary, binary, call, keyword; `head` the literal, name or
-    operator; `items` the children; `start` and `end` the place in the text.
+    `kind` is one of int, float, name, slot, value, string, list, unary, binary, call, keyword; `head` the literal, name
+    or operator; `items` the children; `start` and `end` the place in the text.
     """
 
     kind: str
@@ -58,9 +60,11 @@ class Tree:
     end: int
 
     def keywords(self) -> dict[str, Tree]:
+        """The values of name=value arguments."""
         return {item.head: item.items[0] for item in self.items if item.kind == "keyword"}
 
     def positional(self) -> tuple[Tree, ...]:
+        """The arguments without a name."""
         return tuple(item for item in self.items if item.kind != "keyword")
 
 
@@ -88,29 +92,35 @@ class Parser:
 
     @property
     def next(self) -> Token:
+        """The token under the cursor."""
         return self.tokens[self.at]
 
     def fail(self, message: str, token: Token | Tree | None = None) -> NoReturn:
+        """Raises TextError at a place of the text."""
         where = token or self.next
         raise TextError(message, text=self.text, start=where.start, end=max(where.end, where.start + 1))
 
     def take(self) -> Token:
+        """The token under the cursor, which moves on."""
         token = self.next
         self.at += token.kind != "end"
         return token
 
     def accept(self, text: str) -> bool:
+        """Moves on over `text` if it comes next."""
         if self.next.text == text and self.next.kind != "string":
             self.at += 1
             return True
         return False
 
     def expect(self, text: str) -> Token:
+        """Moves on over `text`, which must come next."""
         if self.next.text != text:
             self.fail(f"expected {text!r}")
         return self.take()
 
     def end(self) -> None:
+        """Nothing may follow."""
         if self.next.kind != "end":
             self.fail("expected the end of the text")
 

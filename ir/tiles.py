@@ -71,4 +71,5 @@ def table_ops(program: Op) -> tuple[Op, ...]:
 
 
 def segments(program: Op) -> tuple[Op, ...]:
+    """The program's segments in the order in which they are visited."""
     return tuple(op for op in program.operands if op.kind == "segment")

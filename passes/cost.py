@@ -1,10 +1,10 @@
 """cost: what a kernel has to do, and how long that should take. It changes nothing.
 
-    needed pairs       what the pattern asks for: summed over rows from `keys_of_row`
-    visited pairs      what the tiles compute: tiles x block_m x block_n
-    FLOPs              2 D + 2 Dv for a pair
-    bytes              q, out and lse once; k and v once for each tile that walks them, as the caches see it
-    time               the larger of arithmetic and memory (roofline), at the rate that such a kernel reaches
+needed pairs       what the pattern asks for: summed over rows from `keys_of_row`
+visited pairs      what the tiles compute: tiles x block_m x block_n
+FLOPs              2 D + 2 Dv for a pair
+bytes              q, out and lse once; k and v once for each tile that walks them, as the caches see it
+time               the larger of arithmetic and memory (roofline), at the rate that such a kernel reaches
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Counts:
 
     @property
     def tiles(self) -> int:
+        """All tiles of the segment."""
         return self.full + self.masked
 
 
@@ -103,4 +104,4 @@ def _arithmetic_seconds(kernel: Op, counts: list[Counts], target: Target) -> flo
         (count.full + count.masked * _MASKED[target.kind]) * (1 if count.contiguous else _GATHERED[target.kind])
         for count in counts
     )
-    return weighted * tile_flops / peak
+    return float(weighted * tile_flops / peak)

@@ -24,7 +24,7 @@ _make = PATTERN.make
 
 def desugar(node: Op) -> Op:
     """`node` in the core operations."""
-    return rewrite(node, lambda op: _RULES.get(op.kind, lambda same: same)(op))
+    return rewrite(node, lambda op: _RULES[op.kind](op) if op.kind in _RULES else op)
 
 
 def before(bound: Expr) -> Op:
@@ -143,7 +143,8 @@ def _cover_interval(term: Op, rows: int, cols: int) -> Op | None:
     """
     first = _I // rows * rows
     last = first + (rows - 1)
-    lowers, uppers = [], []
+    lowers: list[Expr] = []
+    uppers: list[Expr] = []
     for literal in term.operands:
         leaf = literal.operands[0] if literal.kind == "not" else literal
         if leaf.kind != "before" or not _is_affine(leaf["bound"]):
@@ -190,4 +191,3 @@ _RULES: dict[str, Callable[[Op], Op]] = {
     "per_head": _per_head,
     "cover": _cover,
 }
-

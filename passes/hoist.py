@@ -1,8 +1,8 @@
 """hoist: what a mask computes from rows alone is computed once per row tile.
 
-    mask = j < load(document_highs_0, 0, count_le(document_starts_0, 0, i))
-        ->  let row_0 = load(document_highs_0, 0, count_le(document_starts_0, 0, i))   (per row)
-            mask = j < row_0
+mask = j < load(document_highs_0, 0, count_le(document_starts_0, 0, i))
+    ->  let row_0 = load(document_highs_0, 0, count_le(document_starts_0, 0, i))   (per row)
+        mask = j < row_0
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """permutation: pushes `permuted` down to the leaves, where it only says in which space a leaf is read.
 
-    permuted(block($0) & before(i + 1), k=$1)  ->  permuted(block($0), k=$1) & permuted(before(i + 1), k=$1)
-    permuted(before(9), q=$1)                  ->  before(9)
-    permuted(permuted(p, k=$1), q=$2)          ->  permuted(p, q=$2, k=$1)
+permuted(block($0) & before(i + 1), k=$1)  ->  permuted(block($0), k=$1) & permuted(before(i + 1), k=$1)
+permuted(before(9), q=$1)                  ->  before(9)
+permuted(permuted(p, k=$1), q=$2)          ->  permuted(p, q=$2, k=$1)
 """
 
 from __future__ import annotations

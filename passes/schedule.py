@@ -1,13 +1,13 @@
 """schedule: position bounds of each segment, and the kernel with its schedule attached (level 2 to level 3).
 
-    segment range  lo = max(0, i_lo - 1023)  hi = i_hi + 1  below = x
-        ->  let s0_start = max(0, i_lo - 1023)   let s0_stop = max(s0_start, i_hi + 1)   …
-            segment  start = s0_start  full_start = s0_full_start  full_stop = s0_full_stop  stop = s0_stop
+segment range  lo = max(0, i_lo - 1023)  hi = i_hi + 1  below = x
+    ->  let s0_start = max(0, i_lo - 1023)   let s0_stop = max(s0_start, i_hi + 1)   …
+        segment  start = s0_start  full_start = s0_full_start  full_stop = s0_full_stop  stop = s0_stop
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spgen.ir import expr
@@ -75,14 +75,14 @@ def _listed_bounds(segment: Op) -> dict[str, Expr]:
     return {name: expr.load(segment["splits"], var("tile"), _BOUNDS.index(name)) for name in names}
 
 
-def _closed_bounds(segment: Op, block_n: int, let: Mapping[str, Expr] | object) -> dict[str, Expr]:
+def _closed_bounds(segment: Op, block_n: int, let: Callable[[str, Expr], Expr]) -> dict[str, Expr]:
     """Positions of the columns lo, inner_lo, inner_hi and hi, in order; no full part shorter than a tile."""
-    assert callable(let)
     unit = segment["unit"]
 
     def below(column: Expr, up: bool) -> Expr:
-        position = substitute(segment["below"], {"x": column})
-        return (position + (unit - 1 if up else 0)) // unit * unit
+        position: Expr = substitute(segment["below"], {"x": column})
+        rounded: Expr = (position + (unit - 1 if up else 0)) // unit * unit
+        return rounded
 
     start = let("start", below(let("lo", segment["lo"]), up=False))
     stop = let("stop", maximum(below(let("hi", segment["hi"]), up=True), start))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spgen.ir import expr
 from spgen.ir.expr import FALSE, TRUE, Expr, const, maximum, minimum, substitute, var
@@ -22,7 +23,7 @@ from spgen.passes.normalize import leaf_of
 from spgen.passes.ownership import is_condition
 from spgen.passes.permutation import push_permutations
 
-I, J, R, S, C, P, H = (var(name) for name in "i j r s c p h".split())
+_I, J, R, S, C, P, H = map(var, ("i", "j", "r", "s", "c", "p", "h"))
 TILE, Q_LEN, KV_LEN, Q_OFFSET = (var(name) for name in ("tile", "q_len", "kv_len", "q_offset"))
 
 
@@ -88,13 +89,13 @@ class _Tables:
             kinds.add("q")
         return next((kind for kind in ("q", "kv") if kind in kinds), "one")
 
-    def add(self, kind: str, base: str, heads: str, /, **attrs: object) -> str:
+    def add(self, kind: str, base: str, heads: str, /, **attrs: Any) -> str:
         """The name of the table with this content."""
-        content = TILES.make(kind, name="", heads=heads, **attrs)  # type: ignore[arg-type]
+        content = TILES.make(kind, name="", heads=heads, **attrs)
         if content not in self._names:
             name = base if base not in self.ops else f"{base}_{len(self.ops)}"
             self._names[content] = name
-            self.ops[name] = TILES.make(kind, name=name, heads=heads, **attrs)  # type: ignore[arg-type]
+            self.ops[name] = TILES.make(kind, name=name, heads=heads, **attrs)
         return self._names[content]
 
     def order(self, slot: Slot, axis: str, inverse: bool = False) -> str:
@@ -171,17 +172,15 @@ class _Tiler:
 
     def place(self, q: Slot | None, k: Slot | None, key_space: Slot | None) -> _Place:
         if q is None:
-            position, row = I, R
+            position, row = _I, R
         elif q is self.row_order:
             position, row = S + Q_OFFSET, S
         else:
             row = expr.load(self.tables.order(q, "q", inverse=True), 0, R)
             position = row + Q_OFFSET
-        if k is None:
-            column = J
-        else:
-            column = C if k is key_space else expr.load(self.tables.order(k, "k", inverse=True), 0, J)
-        return _Place(position, row, column)
+        if k is None or k is key_space:
+            return _Place(position, row, J if k is None else C)
+        return _Place(position, row, expr.load(self.tables.order(k, "k", inverse=True), 0, J))
 
     def predicate(self, op: Op, key_space: Slot | None) -> Expr:
         """Membership of the pair (row, column) in `op`, any combination of leaves."""
@@ -243,7 +242,8 @@ class _Tiler:
 def _stripe_predicate(leaf: Op, at: _Place) -> Expr:
     unit = at.column // leaf["cols"]
     x = at.position // leaf["cols"] - unit if leaf["relative"] else unit
-    return (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"] < leaf["width"]
+    phase: Expr = (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"]
+    return phase < leaf["width"]
 
 
 class _Segment:
@@ -323,7 +323,7 @@ class _Segment:
         extent = self.tiler.extent(q)
         return None if extent is None else (substitute(bound, {"i": extent[0]}), substitute(bound, {"i": extent[1]}))
 
-    def _source(self) -> dict[str, object]:
+    def _source(self) -> dict[str, Any]:
         """What the driver fixes: kind, column, and how positions are counted."""
         if self.driver is None:
             return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
@@ -332,11 +332,11 @@ class _Segment:
             return self._stripe(leaf)
         return self._listed(leaf) if leaf.kind == "listed" else self._diagonals(leaf)
 
-    def _stripe(self, leaf: Op) -> dict[str, object]:
+    def _stripe(self, leaf: Op) -> dict[str, Any]:
         """Column p is the (p % w)-th of period p // w; the first period starts at or before column 0."""
         period, width = leaf["stride"] * leaf["cols"], const(leaf["width"] * leaf["cols"])
         shift = leaf["offset"] + H * leaf["shift_per_head"]
-        source: dict[str, object] = {"source": "range", "contiguous": False, "unit": 1}
+        source: dict[str, Any] = {"source": "range", "contiguous": False, "unit": 1}
         if leaf["relative"]:
             extent = self.tiler.extent(_space(self.driver)[0]) if self.driver else None
             assert extent is not None
@@ -355,13 +355,13 @@ class _Segment:
         source["column"] = P // width * period + P % width + start
         return source
 
-    def _listed(self, leaf: Op) -> dict[str, object]:
+    def _listed(self, leaf: Op) -> dict[str, Any]:
         rows, cols, row_tile = leaf["rows"], leaf["cols"], self.shape.row_tile
         aligned = rows % row_tile == 0
         name = self.tiler.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
         row = const(0) if rows == 0 else (TILE // (rows // row_tile) if aligned else TILE)
         first = expr.load(name, row, P // cols) * cols + P % cols
-        source: dict[str, object] = {
+        source: dict[str, Any] = {
             "source": "list" if cols % self.shape.block_n == 0 else "gather",
             "contiguous": cols % self.shape.block_n == 0,
             "column": first, "unit": cols, "units": name, "row": row, "base": const(0), "exact": aligned,
@@ -370,7 +370,7 @@ class _Segment:
             source["mask"] = self.tiler.predicate(self.driver, self.key_space)
         return source
 
-    def _diagonals(self, leaf: Op) -> dict[str, object]:
+    def _diagonals(self, leaf: Op) -> dict[str, Any]:
         """Tiles of block_n columns at fixed distances from the row tile's end."""
         slot, shape = leaf["offsets"], self.shape
         name = self.tables.add(
@@ -385,7 +385,7 @@ class _Segment:
             "mask": self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE,
         }  # fmt: skip
 
-    def _finish(self, source: dict[str, object], exact: bool) -> dict[str, object]:
+    def _finish(self, source: dict[str, Any], exact: bool) -> dict[str, Any]:
         """Lists get their table of position bounds."""
         if "units" not in source:
             return source

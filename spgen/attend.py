@@ -1,7 +1,7 @@
 """The attention operation: a pattern, then calls on tensors.
 
-    attend = sp.attention(sp.causal() & (sp.sink(64) | sp.window(1024)))
-    out = attend(q, k, v)
+attend = sp.attention(sp.causal() & (sp.sink(64) | sp.window(1024)))
+out = attend(q, k, v)
 """
 
 from __future__ import annotations

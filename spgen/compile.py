@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from importlib import import_module
+from typing import Any, Protocol, cast
 
 from spgen.errors import UnsupportedError
 from spgen.ir.node import Op, walk
@@ -59,21 +60,19 @@ class Lowered:
 class Backend(Protocol):
     """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
 
-    def default_schedule(self, head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]: ...
+    def default_schedule(self, head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]:
+        """`block_m`, `block_n` and the `options` of the level-3 kernel, always a legal choice."""
 
-    def build(self, kernel: Op, target: Target) -> Any: ...
+    def build(self, kernel: Op, target: Target) -> Any:
+        """The launchable kernel, from the cache or compiled."""
 
 
 def backend_of(target: Target) -> Backend:
     """The backend that serves `target`: TVM on CPUs, Triton on GPUs, or what SPGEN_BACKEND says."""
     name = settings().backend
     if name == "triton" or (name == "auto" and target.kind != "cpu"):
-        from spgen.backends import triton
-
-        return triton
-    from spgen.backends import tvm
-
-    return tvm
+        return cast(Backend, import_module("spgen.backends.triton"))
+    return cast(Backend, import_module("spgen.backends.tvm"))
 
 
 def is_packed(pattern: str, q_heads: int, kv_heads: int, q_len: int, block_m: int) -> bool:

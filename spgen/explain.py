@@ -120,7 +120,15 @@ def _explained(
     kv_len = k.shape[2] if kv_lengths is None else kv_lengths.clamp(0, k.shape[2])
     offset = kv_len - q.shape[2] if q_offset is None else q_offset
     builder = Builder(
-        pattern.data, q.device, q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q_offset=offset, kv_len=kv_len
+        pattern.data,
+        q.device,
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q_offset=offset,
+        kv_len=kv_len,
     )
     tables = builder.build(levels.program)
     counts = tuple(count_tiles(levels, builder))
@@ -170,22 +178,40 @@ def measure_density(
     if total == 0:
         return 0.0, False
     if total <= _EXACT_PAIRS or _indexes_rows(pattern):
-        dense = mask(pattern, q_len, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=offset, kv_lengths=kv_lengths)
+        dense = mask(
+            pattern,
+            q_len,
+            kv_len,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            batch=batch,
+            q_offset=offset,
+            kv_lengths=kv_lengths,
+        )
         return float(dense.sum()) / total, False
     found = 0
     # Positions alone decide closed forms and column lists: single rows can be asked for by their offset.
     for sample in range(_SAMPLED_ROWS):
         row = (2 * sample + 1) * q_len // (2 * _SAMPLED_ROWS)
-        dense = mask(pattern, 1, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=offset + row, kv_lengths=kv_lengths)
+        dense = mask(
+            pattern,
+            1,
+            kv_len,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            batch=batch,
+            q_offset=offset + row,
+            kv_lengths=kv_lengths,
+        )
         found += int(dense.sum())
     return found / (total / q_len * _SAMPLED_ROWS), True
 
 
 def _indexes_rows(pattern: Pattern) -> bool:
     """Whether data are listed by row, so that the mask needs the call's own rows."""
-    return any(slot.dims[-1] in ("C", "K") and len(slot.dims) >= 2 and "R" in slot.dims for slot in slots(pattern.node)) or any(
-        "P" in slot.dims or "N" in slot.dims for slot in slots(pattern.node)
-    )
+    return any(
+        slot.dims[-1] in ("C", "K") and len(slot.dims) >= 2 and "R" in slot.dims for slot in slots(pattern.node)
+    ) or any("P" in slot.dims or "N" in slot.dims for slot in slots(pattern.node))
 
 
 def explain_text(
@@ -232,4 +258,13 @@ def levels_of(levels: Lowered) -> Mapping[str, str]:
     }
 
 
-__all__ = ["Explanation", "Sequence", "count_tiles", "explain", "explain_text", "levels_of", "measure_density", "option"]
+__all__ = [
+    "Explanation",
+    "Sequence",
+    "count_tiles",
+    "explain",
+    "explain_text",
+    "levels_of",
+    "measure_density",
+    "option",
+]

@@ -79,7 +79,9 @@ def _attention(
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
-        _refuse(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sink_logits=sink_logits, bias=bias, softcap=softcap)
+        _refuse(
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sink_logits=sink_logits, bias=bias, softcap=softcap
+        )
         ready = _ready[key] = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
     out = _like(q, v.shape[3])
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)

@@ -53,9 +53,10 @@ class Builder:
     def slot(self, slot: Any, core: int) -> Tensor:
         """The tensor of `slot` as [batch or 1, heads, ...] with `core` axes behind the head's."""
         tensor = self.data[slot.index]
-        return tensor.reshape((1,) * (core + 2 - tensor.dim()) + tuple(tensor.shape))
+        return tensor[(None,) * (core + 2 - tensor.dim())]
 
     def arange(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        """0, 1, … on the device."""
         return torch.arange(count, device=self.device, dtype=dtype)
 
     def per_sequence(self, value: Value, axes: int) -> Value:
@@ -339,7 +340,7 @@ def _bits(builder: Builder, op: Op) -> Tensor:
 def _diagonal_bits(builder: Builder, op: Op) -> Tensor:
     offsets = builder.slot(op["offsets"], 1).long()
     size = builder.q_len + builder.kv_cap + 1
-    shift = builder.per_sequence(builder.kv_len, 2) - builder.per_sequence(builder.q_offset, 2)  # type: ignore[operator]
+    shift = builder.per_sequence(builder.kv_len, 2) - builder.per_sequence(builder.q_offset, 2)
     x = offsets.clamp(-_FAR, _FAR) + shift
     target = torch.where((x >= 0) & (x < size), x, size)
     found = torch.zeros((*target.shape[:2], size + 1), dtype=torch.bool, device=builder.device)

@@ -42,5 +42,3 @@ def lowered_pairs(
     k = torch.zeros(batch, kv_heads, kv_len, 1)
     found = interpret(levels.kernel, q, k, k, read, q_offset=q_offset, kv_lengths=kv_lengths)
     return found.pairs
-
-
