@@ -1,0 +1,181 @@
+"""Loads compiled kernels and launches them through the CUDA driver, without Triton's own front end.
+
+A launch through Triton's front end costs 15 to 50 microseconds of Python, and its first one needs a C compiler. Here
+everything that depends on shapes and strides is prepared once (`Launch`); a call writes its pointers and goes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import sys
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from spgen.errors import ToolchainError
+
+_INVALID_CONTEXT = 201
+_SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_STATIC_SHARED = 48 * 1024  # what a block may use without asking
+_MAP_BYTES = 128
+_MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
+_PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+_REPLACE = "cuTensorMapReplaceAddress"
+MAX_GRID = 2**31 - 1
+
+
+class Driver:
+    """The few functions of the CUDA driver that loading and launching take."""
+
+    def __init__(self) -> None:
+        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        try:
+            library = ctypes.CDLL(name)
+        except OSError as fault:
+            raise ToolchainError("CUDA driver", given=str(fault), remedy=f"install a driver that has {name}") from fault
+        self.library = library
+        pointer, word = ctypes.c_void_p, ctypes.c_uint
+        self._launch = library.cuLaunchKernel
+        self._launch.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+        # tensor maps are used only where the driver has both of their functions
+        self.has_tensor_maps = hasattr(library, "cuTensorMapEncodeTiled") and hasattr(library, _REPLACE)
+        if self.has_tensor_maps:
+            self._replace = getattr(library, _REPLACE)
+            self._replace.argtypes = [pointer, pointer]
+
+    def load(self, code: bytes, entry: str, shared: int, device: int) -> int:
+        """The handle of a kernel on one device; its context is made current if this thread has none."""
+        self._use_device(device)
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self.library.cuModuleLoadData(ctypes.byref(module), code), "loading a kernel")
+        found = self.library.cuModuleGetFunction(ctypes.byref(function), module, entry.encode())
+        self._check(found, "finding a kernel")
+        if shared > _STATIC_SHARED:
+            allowed = self.library.cuFuncSetAttribute(function, _SHARED_SIZE_ATTRIBUTE, shared)
+            self._check(allowed, f"reserving {shared} bytes of shared memory")
+        return int(function.value or 0)
+
+    def launch(self, launch: Launch, stream: int) -> None:
+        """Run a prepared launch."""
+        arguments = (launch.function, launch.grid, 1, 1, launch.threads, 1, 1, launch.shared)
+        status = self._launch(*arguments, stream, launch.addresses, None)
+        if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
+            self._use_device(launch.device)
+            status = self._launch(*arguments, stream, launch.addresses, None)
+        self._check(status, "launching a kernel")
+
+    def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
+               block: Sequence[int], swizzle: int) -> bool:  # fmt: skip
+        """Write a tensor map to `target`; False if the hardware cannot express it. Axes outermost first, in bytes."""
+        rank = len(shape)
+        sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
+        steps = (ctypes.c_uint64 * (rank - 1))(*list(reversed(strides))[1:])
+        box = (ctypes.c_uint32 * rank)(*reversed(block))
+        ones = (ctypes.c_uint32 * rank)(*[1] * rank)
+        kind = ctypes.c_int(_MAP_TYPES[dtype])
+        status = self.library.cuTensorMapEncodeTiled(
+            ctypes.c_void_p(target), kind, ctypes.c_uint32(rank), ctypes.c_void_p(pointer), sizes, steps, box, ones,
+            ctypes.c_int(0), ctypes.c_int(swizzle), ctypes.c_int(_PROMOTE_L2), ctypes.c_int(0),
+        )  # fmt: skip
+        return int(status) == 0
+
+    def point(self, target: int, pointer: int) -> None:
+        """Let the tensor map at `target` start at `pointer`."""
+        self._check(self._replace(target, pointer), "moving a tensor map")
+
+    def _use_device(self, device: int) -> None:
+        """Make torch's context of `device` current, if this thread has none."""
+        current = ctypes.c_void_p()
+        self._check(self.library.cuCtxGetCurrent(ctypes.byref(current)), "asking for a context")
+        if not current.value:
+            context = ctypes.c_void_p()
+            self._check(self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "taking a context")
+            self._check(self.library.cuCtxSetCurrent(context), "setting a context")
+
+    def _check(self, status: int, doing: str) -> None:
+        if status:
+            text = ctypes.c_char_p()
+            self.library.cuGetErrorString(status, ctypes.byref(text))
+            raise RuntimeError(f"CUDA, {doing}: {(text.value or b'unknown error').decode()} ({status})")
+
+
+@lru_cache(maxsize=1)
+def driver() -> Driver:
+    """The process's driver."""
+    return Driver()
+
+
+class Launch:
+    """One kernel at one set of shapes and strides: its grid and the memory that holds its arguments.
+
+    `arguments` are the values in order: an int (its low 32 or 64 bits are read), or a `TensorMap`. `changing` are the
+    indices of those that every call brings anew.
+    """
+
+    def __init__(
+        self, function: int, device: int, grid: int, threads: int, shared: int, arguments: Sequence[Any],
+        changing: Sequence[int],
+    ) -> None:  # fmt: skip
+        self.function, self.device, self.grid = function, device, grid
+        self.threads, self.shared = threads, shared
+        self._lock = threading.Lock()
+        self._maps = [argument for argument in arguments if isinstance(argument, TensorMap)]
+        self._order = {index: slot for slot, index in enumerate(changing)}
+        self._slots = (ctypes.c_uint64 * (len(arguments) + 8 * len(self._maps)))()
+        self._n_changing = len(changing)
+        self.addresses = self._layout(arguments)
+
+    def _layout(self, arguments: Sequence[Any]) -> ctypes.Array[ctypes.c_void_p]:
+        """Values that change come first in the slots, so that a call writes one slice."""
+        base, free, addresses = ctypes.addressof(self._slots), len(self._order), []
+        for index, argument in enumerate(arguments):
+            values = argument.values if isinstance(argument, TensorMap) else (argument,)
+            if isinstance(argument, TensorMap):
+                addresses.append(argument.address)
+            for value in values:
+                slot = self._order.get(index, free)
+                free += slot == free
+                self._slots[slot] = value & 0xFFFFFFFFFFFFFFFF
+                addresses.append(base + 8 * slot)
+        return (ctypes.c_void_p * len(addresses))(*addresses)
+
+    def __call__(self, changing: list[int], stream: int) -> None:
+        """Launch with these values for the arguments that change."""
+        if not self.grid:
+            return
+        with self._lock:  # the driver reads the slots while it is called
+            self._slots[: self._n_changing] = changing  # type: ignore[assignment]
+            for tensor_map in self._maps:
+                tensor_map.follow(changing)
+            driver().launch(self, stream)
+
+
+class TensorMap:
+    """A tensor descriptor argument: 128 aligned bytes, then the tensor's shape and strides, as Triton passes it.
+
+    `source` is the index, among the changing arguments, of the pointer that the map follows.
+    """
+
+    def __init__(self, source: int, pointer: int, dtype: str, item: int, shape: Sequence[int], strides: Sequence[int],
+                 box: dict[str, Any]) -> None:  # fmt: skip
+        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+        self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
+        self._source, self._pointer = source, pointer
+        self.values = (*shape, *strides)
+        steps = [stride * item for stride in strides]
+        self.is_valid = driver().encode(self.address, pointer, dtype, shape, steps, box["block"], box["swizzle"])
+
+    def follow(self, changing: list[int]) -> None:
+        """Point at this call's tensor."""
+        pointer = changing[self._source]
+        if pointer != self._pointer:
+            driver().point(self.address, pointer)
+            self._pointer = pointer
+
+
+@lru_cache(maxsize=256)
+def float_bits(value: float) -> int:
+    """The bits of a float32."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])

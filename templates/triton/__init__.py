@@ -1,0 +1,1 @@
+"""Triton source of the level-3 kernels, for CUDA and HIP devices."""

@@ -1,0 +1,196 @@
+"""What the Triton template of attention forward needs to know about a level-3 kernel.
+
+`parameters` is also the contract with the launcher: which arguments the rendered kernel takes, in their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spgen.errors import UnsupportedError
+from spgen.ir.expr import TRUE, Expr, Range, free_variables, walk
+from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
+from spgen.ir.node import Op
+from spgen.templates.triton.expressions import COLUMN, ROW, Printed, print_expression
+
+ENTRY = "attention"  # the kernel's name in the rendered module
+SMALLEST_TILE = 16  # tl.dot takes no fewer rows, columns or channels
+
+# rows and keys that are out of range are masked, so what their expressions give does not matter
+_RANGES: dict[str, Range] = dict.fromkeys(
+    ("b", "hk", "h", "tile", "q_len", "kv_len", "n_heads", "group", "s", "r", "p", "j"), (0, None)
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of the rendered kernel.
+
+    `type` is "data" (a pointer to the tensors' dtype), "*fp32", "*i32", "*index" (a pointer to int32 or int64), "desc"
+    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants),
+    "unit" (a last stride: the constant 1 or int64), "fp32" or "constexpr".
+    """
+
+    name: str
+    type: str
+
+    @property
+    def text(self) -> str:
+        """The parameter as it stands in the kernel's signature."""
+        return f"{self.name}: tl.constexpr" if self.type == "constexpr" else self.name
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment's expressions as source; None where the kernel has none."""
+
+    name: str
+    contiguous: bool
+    direct: bool  # keys of a tile follow each other: it is one block of K and V
+    start: Printed
+    full_start: Printed | None
+    full_stop: Printed | None
+    stop: Printed
+    column: Printed
+    key: Printed | None
+    mask: Printed | None
+
+
+def parameters(kernel: Op) -> tuple[Parameter, ...]:
+    """The arguments of the rendered kernel, in order."""
+    return tuple(Parameter(name, kind) for name, kind in _parameters(kernel))
+
+
+def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
+    yield from (("q", "data"), ("k", "data"), ("v", "data"), ("out", "data"))
+    if kernel["lse"]:
+        yield "lse", "*fp32"
+    yield from (("k_blocks", "desc"), ("v_blocks", "desc"))
+    if kernel["q_offset"] != "default":
+        yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
+    if kernel["kv_lengths"]:
+        yield "kv_lengths", "*index"
+    for table in parts(kernel, "table"):
+        yield f"{table['name']}_table", "*i32"
+        for axis in ("b", "h", "r"):
+            yield f"{table['name']}_table_{axis}", "i64"
+        for size in ("rows", "cols"):
+            yield f"{table['name']}_table_{size}", "i32"
+    yield "scale", "fp32"
+    for size in ("q_len", "k_len", "n_key_heads", "group"):
+        yield size, "i32"
+    for tensor in ("q", "k", "v", "out"):
+        for axis in ("b", "h", "n"):
+            yield f"{tensor}_{axis}", "stride"
+        if tensor != "out":
+            yield f"{tensor}_d", "unit"
+    for choice in ("TMA", "NEGATIVE", "STAGES", "MASKED_STAGES"):
+        yield choice, "constexpr"
+
+
+def symbols(kernel: Op) -> dict[str, Any]:
+    """Every symbol of attention.py.jinja; its head comment says what they are."""
+    check(kernel)
+    names, rows = _names(kernel), _row_vectors(kernel)
+    return {
+        "text": str(kernel).rstrip("\n").split("\n"),
+        "parameters": parameters(kernel),
+        "dtype": kernel["dtype"],
+        "head_dim": kernel["head_dim"],
+        "value_dim": kernel["value_dim"],
+        "head_lanes": padded(kernel["head_dim"]),
+        "value_lanes": padded(kernel["value_dim"]),
+        "block_m": kernel["block_m"],
+        "block_n": kernel["block_n"],
+        "pack": kernel["pack"],
+        "q_offset": kernel["q_offset"],
+        "kv_lengths": kernel["kv_lengths"],
+        "lse": kernel["lse"],
+        "row": _print(kernel["row"], names, "row"),
+        "tables": [{"name": f"{op['name']}_table", "head": _HEADS[op["heads"]]} for op in parts(kernel, "table")],
+        "lets": [
+            {"name": names[op["name"]], "value": _print(op["value"], names, names[op["name"]])}
+            for op in parts(kernel, "let")
+        ],
+        "segments": [_segment(op, names, rows) for op in parts(kernel, "segment")],
+        "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
+        "prefetch": option(kernel, "prefetch", 0),
+    }
+
+
+_HEADS = {"one": "0", "kv": "hk", "q": "h"}
+
+
+def check(kernel: Op) -> None:
+    """Raises UnsupportedError for a kernel that this template cannot express."""
+    for name in ("block_m", "block_n"):
+        size = kernel[name]
+        if size < SMALLEST_TILE or size & (size - 1):
+            raise UnsupportedError(name, given=size, allowed="a power of two of at least 16")
+    if kernel["pack"] > kernel["block_m"]:
+        raise UnsupportedError("pack", given=kernel["pack"], allowed=f"at most block_m, which is {kernel['block_m']}")
+    rows = _row_vectors(kernel)
+    for op in parts(kernel, "segment"):
+        for attribute, value in op.attrs:
+            if isinstance(value, Expr) and attribute != "mask" and free_variables(value) & rows:
+                raise UnsupportedError(
+                    f"segment {op['name']}: {attribute}",
+                    given=str(value),
+                    allowed="no vector over rows, but in the mask",
+                )
+
+
+def padded(channels: int) -> int:
+    """Lanes that hold this many channels: the next power of two."""
+    return max(SMALLEST_TILE, 1 << (channels - 1).bit_length())
+
+
+def _expressions(kernel: Op) -> Iterator[Expr]:
+    for op in (kernel, *kernel.operands):
+        yield from (value for _, value in op.attrs if isinstance(value, Expr))
+
+
+def _names(kernel: Op) -> dict[str, str]:
+    """What variables and tables are called in the source; a let cannot clash with the template's own names."""
+    own = {name: name for name in (*_RANGES, "q_offset", "i", "c")}
+    tables = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
+    lets = {op["name"]: f"let_{op['name']}" for op in parts(kernel, "let")}
+    return {**own, **tables, **lets}
+
+
+def _row_vectors(kernel: Op) -> set[str]:
+    """The variables that are vectors over rows: a let "per row" of scalars alone is none."""
+    vectors = set(ROW_VARIABLES)
+    for op in parts(kernel, "let"):
+        if free_variables(op["value"]) & vectors:
+            vectors.add(op["name"])
+    return vectors
+
+
+def _segment(op: Op, names: Mapping[str, str], rows: set[str]) -> Segment:
+    """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
+    contiguous = op["contiguous"]
+    first = {**names, "p": "p0"} if contiguous else names
+    both = {**names, **{x: names[x] + ROW for x in rows}, **{x: names[x] + COLUMN for x in COLUMN_VARIABLES}}
+
+    def text(attribute: str, names: Mapping[str, str]) -> Any:
+        return _print(op[attribute], names, attribute)
+
+    return Segment(
+        name=op["name"],
+        contiguous=contiguous,
+        direct=contiguous and op["key"] is None,
+        start=text("start", names),
+        full_start=text("full_start", names),
+        full_stop=text("full_stop", names),
+        stop=text("stop", names),
+        column=text("column", first),
+        key=text("key", names),
+        mask=None if op["mask"] is TRUE else text("mask", both),
+    )
+
+
+def _print(value: Expr | None, names: Mapping[str, str], temporary: str) -> Printed | None:
+    return None if value is None else print_expression(value, names, _RANGES, temporary)

@@ -1,0 +1,108 @@
+"""The Triton backend without a GPU: binaries made ahead of time, and kernels in the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spgen.backends import triton as backend
+from spgen.backends.triton_compile import Variant, arguments, compile_variant, source_path
+from spgen.errors import CompileError, ToolchainError, UnsupportedError
+from spgen.ir.kernel import KERNEL
+from spgen.ir.node import Op
+from spgen.settings import override
+from spgen.target import Target
+from tests.kernel_cases import CASES, causal, program, segment
+
+CPU = Target.of("cpu")
+
+
+def with_attributes(kernel: Op, **attrs: object) -> Op:
+    """The same kernel with another dtype, head size or options."""
+    return KERNEL.make("attention", *kernel.operands, **{**dict(kernel.attrs), **attrs})
+
+
+def test_agrees_with_the_oracle_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("test_backend_triton_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+def test_the_interpreter_cannot_be_chosen_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton  # noqa: F401
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ToolchainError, match="before the process starts"):
+        backend.build(causal(16, 16).kernel, CPU)
+
+
+def test_unequal_tiles_are_refused() -> None:
+    kernel = program(segment("0", "kv_len"), block_m=48, block_n=64)
+    with pytest.raises(UnsupportedError, match="block_m: got 48"):
+        backend.build(kernel, CPU)
+
+
+def test_the_source_is_a_file_that_is_kept() -> None:
+    kernel = causal(64, 64).kernel
+    built = backend.build(kernel, Target.of("sm_90"))
+    assert built.path.read_text() == built.source
+    assert source_path(kernel) == built.path
+    assert backend.build(kernel, Target.of("sm_90")) is built
+
+
+def test_compiling_can_be_forbidden() -> None:
+    from spgen.backends.triton_compile import binary
+
+    kernel = causal(64, 32).kernel
+    with override(no_compile=True), pytest.raises(CompileError, match="SPGEN_NO_COMPILE"):
+        binary(kernel, source_path(kernel), Variant(), Target.of("sm_80"))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 128, 192])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "gfx942"])
+def test_default_schedules_are_complete(arch: str, head_dim: int, dtype: str) -> None:
+    chosen = backend.default_schedule(head_dim, head_dim, dtype, Target.of(arch))
+    assert set(chosen) == {"block_m", "block_n", "options"}
+    assert all(option.partition("=")[2].isdecimal() for option in chosen["options"])
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "dtype", "head_dim"),
+    [
+        ("sm_80", "window_and_sink", "bfloat16", 128),
+        ("sm_86", "causal", "float16", 256),
+        ("sm_90", "causal", "bfloat16", 128),
+        ("sm_90", "gathered_columns", "float32", 128),
+        ("gfx942", "block_list", "float16", 128),
+    ],
+)
+def test_compiles_ahead_of_time(arch: str, name: str, dtype: str, head_dim: int) -> None:
+    target = Target.of(arch)
+    chosen = backend.default_schedule(head_dim, head_dim, dtype, target)
+    kernel = CASES[name](chosen["block_m"], chosen["block_n"]).kernel
+    kernel = with_attributes(
+        kernel, dtype=dtype, head_dim=head_dim, value_dim=head_dim, options=tuple(chosen["options"])
+    )
+    variant = Variant(aligned=True, tma=arch == "sm_90" and name == "causal")
+    built = compile_variant(kernel, source_path(kernel), variant, target)
+    assert built.metadata.shared <= target.smem_bytes
+    if arch == "sm_90" and dtype != "float32":
+        assert "wgmma.mma_async" in built.asm["ptx"]
+    if variant.tma:
+        assert "cp.async.bulk.tensor.4d" in built.asm["ptx"]
+        assert sum(argument.type == "desc" for argument in arguments(kernel, variant)) == 2
+
+
+def test_a_tile_that_does_not_fit_is_an_error() -> None:
+    kernel = with_attributes(causal(128, 128).kernel, dtype="float16", head_dim=256, options=("warps=8", "stages=3"))
+    with pytest.raises(CompileError, match="shared memory"):
+        compile_variant(kernel, source_path(kernel), Variant(aligned=True), Target.of("sm_86"))
