@@ -148,8 +148,8 @@ class Expr(metaclass=Interned):
 
 ExprLike: TypeAlias = "Expr | int | bool"
 
-_BOOLEAN = {"lt", "le", "eq", "ne", "not", "bit"}
-_SAME_AS_OPERANDS = {"and", "or", "xor", "select"}
+_BOOLEAN = {"lt", "le", "eq", "ne", "bit"}
+_SAME_AS_OPERANDS = {"and", "or", "xor", "not", "select"}
 _TABLE = {"load", "bit", "count_le"}
 COMMUTATIVE = {"add", "mul", "min", "max", "and", "or", "xor", "eq", "ne"}
 

@@ -318,17 +318,17 @@ class _Reader:
             return PATTERN.make("not", self.node(tree.items[0]))
         if tree.kind != "call":
             raise self.fail("expected a pattern such as causal()", tree)
-        if tree.head == "per_head":
-            (patterns,) = tree.items if len(tree.items) == 1 else (tree,)
-            if patterns.kind != "list":
-                raise self.fail("per_head takes one list of patterns", tree)
-            return PATTERN.make("per_head", *map(self.node, patterns.items))
-        if tree.head not in SIGNATURES:
+        if tree.head not in (*SIGNATURES, "per_head"):
             raise self.fail(f"unknown pattern {tree.head!r}: known are {', '.join([*SIGNATURES, 'per_head'])}", tree)
         try:
-            return self._call(tree, SIGNATURES[tree.head])
+            return self._per_head(tree) if tree.head == "per_head" else self._call(tree, SIGNATURES[tree.head])
         except PatternError as error:
             raise self.fail(str(error), tree) from None
+
+    def _per_head(self, tree: Tree) -> Op:
+        if [item.kind for item in tree.items] != ["list"]:
+            raise self.fail("per_head takes one list of patterns", tree)
+        return PATTERN.make("per_head", *map(self.node, tree.items[0].items))
 
     def _call(self, tree: Tree, signature: Signature) -> Op:
         kinds = PATTERN.ops[tree.head].attrs
