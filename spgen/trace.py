@@ -151,7 +151,7 @@ def _expr(sign: str, value: object) -> Expr:
         return value.expr
     if isinstance(value, int):
         return expr.const(value)
-    if hasattr(value, "__index__") and not hasattr(value, "device"):  # a numpy integer, but never a tensor
+    if hasattr(value, "__index__") and not hasattr(value, "requires_grad"):  # a numpy integer, but never a tensor
         return expr.const(operator.index(cast(Any, value)))
     raise DtypeError(
         f"where: operand of {sign}",

@@ -162,11 +162,10 @@ def algebra(leaves: st.SearchStrategy[Pattern], max_leaves: int = 4) -> st.Searc
     """Unions, intersections, differences and complements of `leaves`."""
 
     def extend(parts: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+        both = st.builds(lambda p, q: p & q, parts, parts)
+        either = st.builds(lambda p, q: p | q, parts, parts)
         return st.one_of(
-            st.builds(lambda p, q: p & q, parts, parts),
-            st.builds(lambda p, q: p | q, parts, parts),
-            st.builds(lambda p, q: p - q, parts, parts),
-            parts.map(lambda p: ~p),
+            both, either, both, either, st.builds(lambda p, q: p - q, parts, parts), parts.map(lambda p: ~p)
         )
 
     return st.recursive(leaves, extend, max_leaves=max_leaves)
