@@ -137,11 +137,11 @@ class Dialect:
         values: dict[str, Op] = {}
         last = None
         start = 0
-        for line in text.splitlines(keepends=True):
+        for line in text.split("\n"):
             if line.strip() and not line.lstrip().startswith("//"):
                 name, last = _Line(self, text, line, start).read(values)
                 values[name] = last
-            start += len(line)
+            start += len(line) + 1
         if last is None:
             raise TextError("there is no operation in this text", text=text, start=0, end=1)
         return last
@@ -193,10 +193,14 @@ def print_op(root: Op) -> str:
         names[op] = f"%{len(names)}"
         inputs = ", ".join(names[operand] for operand in op.operands)
         attrs = ", ".join(f"{name} = {_attribute_text(value)}" for name, value in op.attrs if value is not None)
-        kind = f"!{op.name.partition('.')[0]}.value"
-        types = ", ".join([kind] * len(op.operands))
-        lines.append(f'{names[op]} = "{op.name}"({inputs}){f" {{{attrs}}}" if attrs else ""} : ({types}) -> {kind}')
+        lines.append(f'{names[op]} = "{op.name}"({inputs}){f" {{{attrs}}}" if attrs else ""} : {_type(op)}')
     return "\n".join(lines) + "\n"
+
+
+def _type(op: Op) -> str:
+    """The type of an operation: each level has one type of value."""
+    kind = f"!{op.name.partition('.')[0]}.value"
+    return f"({', '.join([kind] * len(op.operands))}) -> {kind}"
 
 
 def _attribute_text(value: Attribute) -> str:
@@ -216,7 +220,7 @@ class _Line:
 
     def __init__(self, dialect: Dialect, text: str, line: str, start: int) -> None:
         self.dialect, self.text, self.start = dialect, text, start
-        self.line = line.rstrip("\n")
+        self.line = line
         try:
             self.parser = Parser(self.line)
         except TextError as error:
@@ -240,13 +244,18 @@ class _Line:
         result = p.take()
         if result.kind != "value":
             p.fail("expected a result such as %0", result)
+        if result.text in values:
+            p.fail(f"{result.text} is defined twice", result)
         p.expect("=")
         head = p.take()
         name = json.loads(head.text) if head.kind == "string" else p.fail('expected an operation such as "a.b"', head)
         operands = tuple(self._operand(values, tree) for tree in self._parenthesised())
-        attrs = dict(self._attributes()) if p.next.text == "{" else {}
+        attrs = self._attributes() if p.next.text == "{" else {}
         p.expect(":")
         op = self._build(name, operands, attrs)
+        written, wanted = self.line[p.next.start :], _type(op)
+        if written.split() != wanted.split():
+            self.fail(f"expected the type {wanted}", p.next.start)
         return result.text, op
 
     def _parenthesised(self) -> tuple[Tree, ...]:
@@ -258,12 +267,16 @@ class _Line:
             self.fail(f"{tree.head} is not defined above", tree.start, tree.end)
         return values[tree.head]
 
-    def _attributes(self) -> Iterator[tuple[str, Tree]]:
+    def _attributes(self) -> dict[str, Tree]:
         self.parser.expect("{")
+        found: dict[str, Tree] = {}
         for tree in self.parser._sequence("}"):
             if tree.kind != "keyword":
                 self.fail("expected name = value", tree.start, tree.end)
-            yield tree.head, tree.items[0]
+            if tree.head in found:
+                self.fail(f"{tree.head} is given twice", tree.items[0].start, tree.end)
+            found[tree.head] = tree.items[0]
+        return found
 
     def _build(self, name: str, operands: tuple[Op, ...], attrs: dict[str, Tree]) -> Op:
         dialect, _, kind = name.partition(".")
@@ -302,5 +315,8 @@ class _Line:
             if kind == "expr":
                 return expr.read(text)
             if kind == "slot":
-                return Slot.from_tree(parse(text))
+                slot = parse(text)
+                if slot.kind == "slot":
+                    return Slot.from_tree(slot)
+                self.fail("expected a slot such as $0: int32[K]", tree.start, tree.end)
         self.fail(f"expected {kind}", tree.start, tree.end)

@@ -21,6 +21,8 @@ PAD = 2**31 - 1
 _TABLES = {
     # What is known before the call: one row of constants per head, [1, H, 1, 1].
     "constants": {"values": "ints"},
+    # How many keys there is room for: the ranks of an order of keys end there, not at the sequence's length.
+    "capacity": {},
     # Document bounds by document number (0: before the first): starts, and the interval's ends.
     "documents": {"cu_seqlens": "slot", "part": "str"},
     # A permutation with invalid entries -1; its inverse; its smallest and largest entry per row tile.
@@ -34,9 +36,9 @@ _TABLES = {
     },
     # The same as bits, one per unit.
     "bits": {"mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int"},
-    # Diagonal offsets as bits (bit r - j + kv_len), and the tiles of `block_n` columns that they touch, counted from
+    # Diagonal offsets as bits (bit r - j + kv_len + margin, for rows up to `margin` outside the call), and the tiles of `block_n` columns that they touch, counted from
     # the end of the row tile.
-    "diagonal_bits": {"offsets": "slot"},
+    "diagonal_bits": {"offsets": "slot", "margin": "int"},
     "diagonal_tiles": {"offsets": "slot", "row_tile": "int", "block_n": "int"},
     # One bit per rows x cols tile that holds a pair of `predicate`.
     "touch": {"predicate": "expr", "rows": "int", "cols": "int"},

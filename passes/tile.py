@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from spgen.ir import expr
@@ -138,6 +139,7 @@ class _Place:
 class _Tiler:
     def __init__(self, node: Op, slots: Sequence[Slot], shape: Shape) -> None:
         self.node, self.shape = node, shape
+        self.margin = 0  # rows around those of the call that predicates must also answer for
         self.tables = _Tables(slots, shape)
         orders = {op["q"] for op in walk(node) if op.kind == "permuted" and op["q"] is not None}
         self.row_order: Slot | None = orders.pop() if len(orders) == 1 else None
@@ -182,19 +184,22 @@ class _Tiler:
             return _Place(position, row, J if k is None else C)
         return _Place(position, row, expr.load(self.tables.order(k, "k", inverse=True), 0, J))
 
-    def predicate(self, op: Op, key_space: Slot | None) -> Expr:
-        """Membership of the pair (row, column) in `op`, any combination of leaves."""
-        if op.kind in ("and", "or", "not", "term"):
-            parts = [self.predicate(operand, key_space) for operand in op.operands]
-            if op.kind == "not":
-                return ~parts[0]
-            joined = FALSE if op.kind == "or" else TRUE
-            for part in parts:
-                joined = joined | part if op.kind == "or" else joined & part
-            return joined
+    def predicate(self, op: Op, key_space: Slot | None, positive: bool = True) -> Expr:
+        """Membership of the pair (row, column) in `op`, any combination of leaves, or in its complement."""
+        if op.kind == "not":
+            return self.predicate(op.operands[0], key_space, not positive)
+        if op.kind in ("and", "or", "term"):
+            parts = [self.predicate(operand, key_space, positive) for operand in op.operands]
+            either = (op.kind == "or") == positive
+            return reduce(expr.or_ if either else expr.and_, parts, FALSE if either else TRUE)
         leaf, _, body = leaf_of(op)
         q, k = (body["q"], body["k"]) if body.kind == "permuted" else (None, None)
-        return self.leaf_predicate(leaf, self.place(q, k, key_space))
+        found = self.leaf_predicate(leaf, self.place(q, k, key_space))
+        found = found if positive else ~found
+        if self.margin and (q is not None or (leaf.kind == "listed" and leaf["rows"])):
+            # Data by row exist for the rows of the call alone; a cover also looks at the rows around them.
+            found = found & (R >= 0) & (R < Q_LEN)
+        return found
 
     def leaf_predicate(self, leaf: Op, at: _Place) -> Expr:
         if leaf.kind == "dense":
@@ -210,9 +215,13 @@ class _Tiler:
         if leaf.kind == "diagonals":
             heads = self.tables.heads_of(leaf["offsets"], 1)
             name = self.tables.add(
-                "diagonal_bits", f"diagonal_bits_{leaf['offsets'].index}", heads, offsets=leaf["offsets"]
+                "diagonal_bits",
+                f"diagonal_bits_{leaf['offsets'].index}",
+                heads,
+                offsets=leaf["offsets"],
+                margin=self.margin,
             )
-            return expr.bit(name, 0, at.row - at.column + KV_LEN)
+            return expr.bit(name, 0, at.row - at.column + KV_LEN + self.margin)
         return self.cover_predicate(leaf, at)
 
     def listed_predicate(self, leaf: Op, at: _Place) -> Expr:
@@ -230,7 +239,7 @@ class _Tiler:
     def cover_predicate(self, leaf: Op, at: _Place) -> Expr:
         inner = push_permutations(leaf.operands[0])
         neutral = _Tiler(inner, list(self.tables.slots.values()), self.shape)
-        neutral.tables, neutral.row_order = self.tables, None
+        neutral.tables, neutral.row_order, neutral.margin = self.tables, None, leaf["rows"]
         found = neutral.predicate(inner, None)
         heads = self.tables.widest(expr.tables(found), found)
         rows, cols = leaf["rows"], leaf["cols"]
@@ -277,7 +286,8 @@ class _Segment:
         return _space(chosen)[1]
 
     def build(self) -> Op:
-        lows, highs, inner_lows, inner_highs = [const(0)], [KV_LEN], [const(0)], [KV_LEN]
+        end = KV_LEN if self.key_space is None else expr.load(self.tables.add("capacity", "capacity", "one"), 0, 0)
+        lows, highs, inner_lows, inner_highs = [const(0)], [end], [const(0)], [end]
         mask, when, exact = TRUE, TRUE, self.key_space is None
         for literal in self.literals:
             if literal is self.driver:

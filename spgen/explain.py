@@ -147,10 +147,10 @@ def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     env: dict[str, Any] = {**builder.variables(heads, 1), "tile": builder.arange(tiles).reshape(1, 1, -1)}
     for let in parts(kernel, "let"):
         if let["per"] == "program":
-            env[let["name"]] = builder.evaluate(let["value"], env, heads)
+            env[let["name"]] = builder.evaluate(let["value"], env, heads, 1)
 
     def value(node: Expr) -> Tensor:
-        found = torch.as_tensor(builder.evaluate(node, env, heads))
+        found = torch.as_tensor(builder.evaluate(node, env, heads, 1))
         return found.expand(builder.batch, programs // builder.batch, tiles) if found.dim() in (0, 3) else found
 
     return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]

@@ -83,9 +83,9 @@ class Builder:
             found["hk"] = self.arange(self.kv_heads).reshape(1, -1, *ones)
         return found
 
-    def evaluate(self, node: Expr, variables: Mapping[str, Value], heads: str) -> Any:
-        """`node` over tensors whose axes are [batch, heads, ...]."""
-        reader = _Reader(self, heads)
+    def evaluate(self, node: Expr, variables: Mapping[str, Value], heads: str, axes: int) -> Any:
+        """`node` over tensors [batch, heads, ...] with `axes` axes behind the head's."""
+        reader = _Reader(self, heads, axes)
         operations = {**_OPERATIONS, "load": reader.load, "bit": reader.bit, "count_le": reader.count_le}
         return evaluate(node, variables, operations)
 
@@ -93,8 +93,8 @@ class Builder:
 class _Reader:
     """Table reads with the meaning that expressions give them: -1, false and 0 outside."""
 
-    def __init__(self, builder: Builder, heads: str) -> None:
-        self.builder, self.heads = builder, heads
+    def __init__(self, builder: Builder, heads: str, axes: int) -> None:
+        self.builder, self.heads, self.axes = builder, heads, axes
 
     def table(self, name: str) -> Tensor:
         """The table with its head axis at the granularity of the result."""
@@ -103,22 +103,21 @@ class _Reader:
             return table.repeat_interleave(self.builder.q_heads // self.builder.kv_heads, 1)
         return table
 
-    def flat(self, name: str, row: Value, like: Value) -> tuple[Tensor, Tensor, Tensor, int]:
+    def flat(self, name: str, row: Value) -> tuple[Tensor, Tensor, Tensor, int]:
         """(flat table, offset of each row, whether the row exists, columns) for rows of shape [batch, heads, ...]."""
         table = self.table(name)
         batches, heads, rows, columns = table.shape
         device = self.builder.device
-        like_axes = like.dim() if isinstance(like, Tensor) else 2
-        axes = max(row.dim() if isinstance(row, Tensor) else 2, like_axes) - 2
-        b = torch.arange(batches, device=device).reshape(-1, 1, *(1,) * axes)
-        h = torch.arange(heads, device=device).reshape(1, -1, *(1,) * axes)
+        ones = (1,) * self.axes
+        b = torch.arange(batches, device=device).reshape(-1, 1, *ones)
+        h = torch.arange(heads, device=device).reshape(1, -1, *ones)
         row = _tensor(row, device)
         inside = (row >= 0) & (row < rows)
         start = ((b * heads + h) * rows + row.clamp(0, max(rows - 1, 0))) * columns
         return table.reshape(-1), start, inside, columns
 
     def load(self, name: str, row: Value, col: Value) -> Tensor:
-        flat, start, inside, columns = self.flat(name, row, col)
+        flat, start, inside, columns = self.flat(name, row)
         col = _tensor(col, self.builder.device)
         inside = inside & (col >= 0) & (col < columns)
         if flat.numel() == 0:
@@ -128,7 +127,7 @@ class _Reader:
     def bit(self, name: str, row: Value, x: Value) -> Tensor:
         x = _tensor(x, self.builder.device)
         word = torch.div(x, 32, rounding_mode="floor")
-        flat, start, inside, columns = self.flat(name, row, word)
+        flat, start, inside, columns = self.flat(name, row)
         inside = inside & (word >= 0) & (word < columns)
         if flat.numel() == 0:
             return torch.zeros_like(start + word, dtype=torch.bool)
@@ -137,7 +136,7 @@ class _Reader:
 
     def count_le(self, name: str, row: Value, x: Value) -> Tensor:
         """Binary search, a step at a time for all entries at once."""
-        flat, start, inside, columns = self.flat(name, row, x)
+        flat, start, inside, columns = self.flat(name, row)
         x = _tensor(x, self.builder.device)
         low = torch.zeros_like(start + x)
         high = torch.full_like(low, columns)
@@ -201,6 +200,10 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 def _constants(builder: Builder, op: Op) -> Tensor:
     return _constant_table(op["values"], builder.device)
+
+
+def _capacity(builder: Builder, op: Op) -> Tensor:
+    return torch.full((1, 1, 1, 1), builder.kv_cap, dtype=torch.int32, device=builder.device)
 
 
 @lru_cache(maxsize=256)
@@ -339,9 +342,10 @@ def _bits(builder: Builder, op: Op) -> Tensor:
 
 def _diagonal_bits(builder: Builder, op: Op) -> Tensor:
     offsets = builder.slot(op["offsets"], 1).long()
-    size = builder.q_len + builder.kv_cap + 1
+    margin = op["margin"]
+    size = builder.q_len + builder.kv_cap + 1 + 2 * margin
     shift = builder.per_sequence(builder.kv_len, 2) - builder.per_sequence(builder.q_offset, 2)
-    x = offsets.clamp(-_FAR, _FAR) + shift
+    x = offsets.clamp(-_FAR, _FAR) + shift + margin
     target = torch.where((x >= 0) & (x < size), x, size)
     found = torch.zeros((*target.shape[:2], size + 1), dtype=torch.bool, device=builder.device)
     found.scatter_(2, target, torch.ones_like(target, dtype=torch.bool))
@@ -372,7 +376,7 @@ def _touch(builder: Builder, op: Op) -> Tensor:
     strips = []
     for group in range(groups):
         i = (base + group) * rows + builder.arange(rows).reshape(1, 1, -1, 1)
-        pairs = builder.evaluate(op["predicate"], {**variables, "i": i, "r": i - offset, "j": j}, op["heads"])
+        pairs = builder.evaluate(op["predicate"], {**variables, "i": i, "r": i - offset, "j": j}, op["heads"], 2)
         pairs = (_tensor(pairs, builder.device) & (j < variables["kv_len"])).any(2)
         pairs = pairs.expand(*pairs.shape[:2], builder.kv_cap)
         padded = torch.nn.functional.pad(pairs, (0, -builder.kv_cap % cols))
@@ -387,13 +391,13 @@ def _splits(builder: Builder, op: Op) -> Tensor:
     variables = {**builder.variables(heads, 1), "tile": builder.arange(tiles).reshape(1, 1, -1)}
 
     def column(name: str) -> Any:
-        relative = builder.evaluate(op[name] - op["base"], variables, heads)
+        relative = builder.evaluate(op[name] - op["base"], variables, heads, 1)
         relative = _tensor(relative, builder.device)
         return relative if relative.dim() else relative.reshape(1, 1, 1)
 
     def listed_before(limit: Tensor) -> Tensor:
-        row = builder.evaluate(op["row"], variables, heads)
-        return _Reader(builder, heads).count_le(op["units"], row, limit - 1)
+        row = builder.evaluate(op["row"], variables, heads, 1)
+        return _Reader(builder, heads, 1).count_le(op["units"], row, limit - 1)
 
     def up(limit: Tensor) -> Tensor:
         return torch.div(limit + (unit - 1), unit, rounding_mode="floor")
@@ -417,6 +421,7 @@ def _splits(builder: Builder, op: Op) -> Tensor:
 
 _BUILDERS: dict[str, Callable[[Builder, Op], Tensor]] = {
     "constants": _constants,
+    "capacity": _capacity,
     "documents": _documents,
     "order": _order,
     "rank": _rank,
