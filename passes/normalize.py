@@ -29,11 +29,10 @@ def normalize(node: Op) -> Op:
 
 
 def union(terms: Iterable[Sequence[Op]]) -> Op:
-    """A union of the terms that can hold something, without those that another contains."""
+    """A union of the different terms that can hold something."""
     merged = [term for term in map(merge, terms) if term is not None]
-    unique = list(dict.fromkeys(tuple(term) for term in merged))
-    kept = [t for t in unique if not any(other is not t and set(other) < set(t) for other in unique)]
-    return PATTERN.make("union", *(PATTERN.make("term", *term) for term in kept))
+    unique = dict.fromkeys(tuple(term) for term in merged)
+    return PATTERN.make("union", *(PATTERN.make("term", *term) for term in unique))
 
 
 def _terms(node: Op, negated: bool) -> list[list[Op]] | None:
@@ -88,7 +87,7 @@ def _truth(literal: Op) -> bool | None:
     return None
 
 
-def _difference(a: Op, b: Op) -> int | None:
+def bound_gap(a: Op, b: Op) -> int | None:
     """bound(a) - bound(b) for half-lines in the same space, when it is a constant."""
     leaf_a, _, body_a = leaf_of(a)
     leaf_b, _, body_b = leaf_of(b)
@@ -109,7 +108,7 @@ def contradict(a: Op, b: Op) -> bool:
     if negation(a) is b:
         return True
     (leaf_a, positive_a, _), (leaf_b, positive_b, _) = leaf_of(a), leaf_of(b)
-    gap = _difference(a, b)
+    gap = bound_gap(a, b)
     if gap is not None and positive_a != positive_b:
         return gap <= 0 if positive_a else gap >= 0
     if leaf_a.kind == leaf_b.kind == "where" and positive_a and positive_b:
@@ -127,7 +126,7 @@ def implies(a: Op, b: Op) -> bool:
     if a is b:
         return True
     (leaf_a, positive_a, _), (leaf_b, positive_b, _) = leaf_of(a), leaf_of(b)
-    gap = _difference(a, b)
+    gap = bound_gap(a, b)
     if gap is not None and positive_a == positive_b:
         return gap <= 0 if positive_a else gap >= 0
     if leaf_a.kind == leaf_b.kind == "where" and positive_a and not positive_b:

@@ -1,6 +1,6 @@
-"""The compiler, read from top to bottom: a pattern's node becomes a kernel in seven passes.
+"""The compiler, read from top to bottom: a pattern's node becomes a kernel in eight passes.
 
-    level 1   desugar -> push_permutations -> normalize -> own
+    level 1   desugar -> push_permutations -> normalize -> merge_runs -> own
     level 2   tile
     level 3   schedule -> hoist
 
@@ -20,6 +20,7 @@ from spgen.ir.node import Op, walk
 from spgen.ir.pattern import is_selected, read_short, short_text, slots
 from spgen.passes.desugar import desugar
 from spgen.passes.hoist import hoist
+from spgen.passes.merge import merge_runs
 from spgen.passes.normalize import normalize
 from spgen.passes.ownership import own
 from spgen.passes.permutation import push_permutations
@@ -28,7 +29,7 @@ from spgen.passes.tile import Shape, query_head_matters, tile
 from spgen.settings import settings
 from spgen.target import Target
 
-LEVEL_1: tuple[Callable[[Op], Op], ...] = (desugar, push_permutations, normalize, own)
+LEVEL_1: tuple[Callable[[Op], Op], ...] = (desugar, push_permutations, normalize, merge_runs, own)
 
 # A row tile is shared by the heads of a group when one head's rows would leave this much of it empty.
 _PACK_BELOW = 0.5

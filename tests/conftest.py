@@ -6,9 +6,16 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from spgen.settings import override
+
+# Compiling makes single examples slow; that is no failure.
+hypothesis.settings.register_profile(
+    "spgen", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("spgen")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,0 +1,132 @@
+"""Whole calls on the CPU against the oracle: every kind of pattern, through TVM."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import spgen as sp
+from spgen import reference
+from spgen.patterns import Pattern
+from tests.agreement import assert_agrees
+from tests.strategies import patterns
+
+pytest.importorskip("tvm", reason="the CPU backend needs apache-tvm")
+
+LENGTH = 150
+
+
+def _kinds() -> dict[str, Pattern]:
+    generator = torch.Generator().manual_seed(0)
+
+    def mask(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator) < 0.4
+
+    def index(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(-2, high, shape, generator=generator)
+
+    streaming = sp.causal() & (sp.sink(7) | sp.window(30))
+    return {
+        "dense": sp.dense(),
+        "streaming": streaming,
+        "stripes": sp.causal() & sp.stripe(5, 2, offset=3, cols=3, shift_per_head=1),
+        "relative stripes": sp.causal() & sp.stripe(5, 2, cols=3, relative=True),
+        "blocks": sp.causal() & sp.block(64, mask=mask(4, 3, 3)),
+        "odd blocks": sp.block(7, 9, mask=mask(4, 22, 17)),
+        "lists": sp.causal() & sp.block(32, 16, indices=index(11, 1, 2, 5, 6)),
+        "vertical and slash": sp.causal() & sp.vertical_slash(index(160, 4, 20), index(160, 2, 6)),
+        "tokens": sp.causal() & sp.top_k(index(160, 4, LENGTH, 5)),
+        "documents": sp.documents(torch.tensor([0, 5, 5, 70, 140])),
+        "mixture": sp.per_head([streaming, sp.causal() & sp.window(9), sp.dense(), sp.stripe(3)]),
+        "permuted": sp.causal() & sp.permuted(sp.block(16, mask=mask(2, 10, 10)), k=torch.randperm(LENGTH)),
+        "permuted rows": sp.causal() & sp.permuted(sp.window(9), q=torch.randperm(LENGTH), k=torch.randperm(LENGTH)),
+        "everything": (sp.block(16, mask=mask(10, 10)) | sp.columns(index(LENGTH, 9)) | sp.window(3))
+        - sp.diagonals(torch.tensor([0, 4])),
+    }
+
+
+KINDS = _kinds()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, LENGTH, 32), torch.randn(2, 2, LENGTH, 32), torch.randn(2, 2, LENGTH, 40)
+    assert_agrees(KINDS[kind], q, k, v, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
+@pytest.mark.parametrize("q_len", [1, 5, 70])
+def test_groups_of_any_size(group: int, q_len: int) -> None:
+    q, k = torch.randn(1, 2 * group, q_len, 16), torch.randn(1, 2, 90, 16)
+    assert_agrees(KINDS["streaming"], q, k, torch.randn(1, 2, 90, 16), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (80, 64), (96, 192), (256, 128), (33, 17)])
+def test_head_sizes(dims: tuple[int, int]) -> None:
+    q, k, v = torch.randn(1, 2, 70, dims[0]), torch.randn(1, 2, 70, dims[0]), torch.randn(1, 2, 70, dims[1])
+    assert_agrees(KINDS["streaming"], q, k, v, tolerance=1e-5)
+
+
+def test_chunks_of_rows_equal_the_whole() -> None:
+    q, k, v = (torch.randn(1, 2, 96, 16) for _ in range(3))
+    attend = sp.attention(KINDS["streaming"])
+    whole = attend(q, k, v)
+    chunks = [attend(q[:, :, at : at + 32], k, v, q_offset=at) for at in (0, 32, 64)]
+    torch.testing.assert_close(torch.cat(chunks, 2), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_a_padded_cache_is_never_read_beyond_its_length() -> None:
+    q, k, v = (torch.randn(3, 2, 40, 16) for _ in range(3))
+    lengths = torch.tensor([40, 0, 17])
+    for b, length in enumerate(lengths.tolist()):
+        k[b, :, length:] = v[b, :, length:] = torch.nan
+    for pattern in (KINDS["streaming"], sp.dense()):
+        assert_agrees(pattern, q, k, v, tolerance=1e-5, kv_lengths=lengths)
+        assert_agrees(pattern, q, k, v, tolerance=1e-5, kv_lengths=lengths, q_offset=torch.tensor([0, 3, 9]))
+
+
+def test_strides_need_no_copy() -> None:
+    base = torch.randn(1, 90, 3, 4, 32)
+    q, k, v = (base[:, :, n].transpose(1, 2) for n in range(3))
+    assert_agrees(KINDS["streaming"], q, k, v, tolerance=1e-5)
+    q, k, v = (torch.randn(1, 2, 32, 90).mT for _ in range(3))
+    assert_agrees(KINDS["streaming"], q, k, v, tolerance=1e-5)
+
+
+def test_a_nan_stays_in_its_row() -> None:
+    q, k, v = (torch.randn(1, 1, 70, 16) for _ in range(3))
+    clean = sp.attention(sp.causal())(q, k, v)
+    q[0, 0, 33, 5] = torch.nan
+    out = sp.attention(sp.causal())(q, k, v)
+    assert out[0, 0, 33].isnan().all()
+    others = torch.arange(70) != 33
+    torch.testing.assert_close(out[:, :, others], clean[:, :, others])
+
+
+def test_same_inputs_same_bits() -> None:
+    q, k, v = (torch.randn(1, 4, 200, 32) for _ in range(3))
+    attend = sp.attention(KINDS["streaming"])
+    first = attend(q, k, v)
+    assert all(torch.equal(attend(q, k, v), first) for _ in range(20))
+
+
+@settings(max_examples=12)
+@given(st.data())
+def test_random_patterns(data: st.DataObject) -> None:
+    q_len, kv_len = data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90))
+    pattern = data.draw(patterns(q_len=q_len, kv_len=kv_len, q_heads=2, kv_heads=1, batch=1))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**16)))
+    q = torch.randn(1, 2, q_len, 16, generator=generator)
+    k, v = (torch.randn(1, 1, kv_len, 16, generator=generator) for _ in range(2))
+    assert_agrees(pattern, q, k, v, tolerance=1e-5)
+
+
+def test_the_oracle_is_what_it_is_compared_with() -> None:
+    q, k, v = (torch.randn(1, 1, 70, 16) for _ in range(3))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            sp.attention(sp.causal())(q, k, v).double(), reference.attention(q, k, v, sp.dense())
+        )
