@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from spgen.backends.triton_compile import (
     load_source,
     source_path,
 )  # fmt: skip
-from spgen.backends.triton_launch import MAX_GRID, Launch, TensorMap, driver, float_bits
+from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
 from spgen.backends.triton_schedule import default_schedule as default_schedule
 from spgen.errors import ShapeError, ToolchainError
 from spgen.ir.kernel import option, parts
@@ -35,7 +36,9 @@ from spgen.target import Target
 from spgen.templates.triton.attention import check, parameters
 
 _SMALLEST_SCALE = 1e-30  # stands for 0, which would turn a masked score of -inf into NaN
-_MANY_LAUNCHES = 4096
+_MANY_CALLS = 4096
+_FIXED_TYPES = ("i32", "i64", "stride", "unit")
+_LAST = ("q_d", "k_d", "v_d")
 _VECTOR = 16  # bytes that one load instruction moves
 
 _built: dict[tuple[Op, str, bool], AttentionKernel] = {}
@@ -65,11 +68,14 @@ class AttentionKernel:
         self.dtype: str = kernel["dtype"]
         self.tables = parts(kernel, "table")
         self._parameters = parameters(kernel)
+        self._has_lse: bool = kernel["lse"]
         self._has_tensor_offset: bool = kernel["q_offset"] == "tensor"
         self._driver_launches = target.kind == "cuda" and not triton_interpreted()
-        self._launches: dict[tuple[Any, ...], Launch] = {}
+        # the parameters that follow from shapes and strides, in the order of _table_sizes, _lengths and _strides
+        self._fixed = [p.name for p in self._parameters if p.type in _FIXED_TYPES and p.name != "q_offset"]
+        self._calls: dict[tuple[Any, ...], Call] = {}
         self._binaries: dict[Variant, Binary] = {}
-        self._functions: dict[tuple[Variant, int], int] = {}
+        self._functions: dict[tuple[Variant, int], Function] = {}
         self._module: Any = None
         self._lock = threading.RLock()
 
@@ -97,7 +103,8 @@ class AttentionKernel:
             device, scale < 0, (q_at | k_at | v_at | out_at) & 15, q.shape, q.stride(), k.shape, k.stride(),
             v.stride(), out.stride(),
         )  # fmt: skip
-        if lse is not None and self.kernel["lse"]:
+        if self._has_lse:
+            assert lse is not None
             changing.append(lse.data_ptr())
         if q_offset is not None:
             if self._has_tensor_offset:
@@ -113,97 +120,82 @@ class AttentionKernel:
             changing.append(table.data_ptr())
             key += (table.shape, table.stride())
         changing.append(float_bits(abs(scale) or _SMALLEST_SCALE))
-        launch = self._launches.get(key)
-        if launch is None:
-            launch = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale)
+        call = self._calls.get(key)
+        if call is None:
+            call = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale)
         if device == torch._C._cuda_getDevice():
-            launch(changing, torch._C._cuda_getCurrentRawStream(device))
+            call(changing, torch._C._cuda_getCurrentRawStream(device))
         else:
             with torch.cuda.device(device):
-                launch(changing, torch._C._cuda_getCurrentRawStream(device))
+                call(changing, torch._C._cuda_getCurrentRawStream(device))
         return None
 
     def _prepare(
         self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
-    ) -> Launch:  # fmt: skip
+    ) -> Call:  # fmt: skip
         """What all calls of these shapes and strides share; compiles the variant they need if it is new."""
         with self._lock:
-            if len(self._launches) >= _MANY_LAUNCHES:
-                self._launches.clear()
-            sizes = _sizes(self.tables, q, k, v, out, tables)
-            aligned = not key[2] and _is_aligned(sizes, ELEMENT_BYTES[self.dtype])
+            if len(self._calls) >= _MANY_CALLS:
+                self._calls.clear()
+            strides = _strides(q, k, v, out)
+            aligned = not key[2] and _is_aligned(strides, ELEMENT_BYTES[self.dtype])
             variant = Variant(aligned, False, scale < 0, _index_type(q_offset), _index_type(kv_lengths))
-            launch = None
-            if aligned and self._may_use_tensor_maps(k):
-                launch = self._launch(replace(variant, tma=True), changing, sizes, k, v)
-            if launch is None:
-                launch = self._launch(variant, changing, sizes, k, v)
-            assert launch is not None
-            self._launches[key] = launch
-            return launch
+            sizes = [*_table_sizes(tables), *_lengths(q, k), *strides]
+            maps: list[TensorMap] = []
+            if aligned and self._may_use_tensor_maps and k.numel() > 0:
+                maps = self._tensor_maps(replace(variant, tma=True), changing, k, v)
+            if maps and all(tensor_map.is_valid for tensor_map in maps):
+                variant = replace(variant, tma=True)
+            else:
+                maps = []
+            fixed = [size for size, name in zip(sizes, self._fixed, strict=True) if not (aligned and name in _LAST)]
+            call = Call(self._function(variant, q.get_device()), self._grid(q, k), fixed, maps)
+            self._calls[key] = call
+            return call
 
-    def _may_use_tensor_maps(self, k: Tensor) -> bool:
+    @cached_property
+    def _may_use_tensor_maps(self) -> bool:
         """Whether K and V can come through tensor descriptors: rows of a tile adjacent, hardware from sm_90 on."""
         return (
             int(self.target.arch.removeprefix("sm_")) >= 90
             and option(self.kernel, "tma", 1) == 1
             and any(op["contiguous"] and op["key"] is None for op in parts(self.kernel, "segment"))
             and self.kernel["block_n"] <= 256
-            and k.numel() > 0
             and driver().has_tensor_maps
         )
 
-    def _launch(
-        self, variant: Variant, changing: list[int], sizes: dict[str, int], k: Tensor, v: Tensor
-    ) -> Launch | None:
-        """The prepared launch, or None if the tensors cannot be described by tensor maps."""
-        device, built = k.get_device(), self._binary(variant)
-        values: list[Any] = []
-        moving: list[int] = []
-        boxes = iter(built.boxes)
-        for parameter in arguments(self.kernel, variant):
-            if parameter.type == "desc":
-                source, tensor = (1, k) if parameter.name == "k_blocks" else (2, v)
-                tensor_map = self._tensor_map(source, changing[source], tensor, next(boxes))
-                if not tensor_map.is_valid:
-                    return None
-                values.append(tensor_map)
-                continue
-            if parameter.name not in sizes:
-                moving.append(len(values))
-            values.append(sizes.get(parameter.name, 0))
-        values += [0] * built.scratch
-        grid = self._grid(sizes)
-        return Launch(self._function(variant, device), device, grid, built.threads, built.shared, values, moving)
-
-    def _tensor_map(self, source: int, pointer: int, tensor: Tensor, box: dict[str, Any]) -> TensorMap:
+    def _tensor_maps(self, variant: Variant, changing: list[int], k: Tensor, v: Tensor) -> list[TensorMap]:
         item = ELEMENT_BYTES[self.dtype]
-        # the step of an axis of one element is never taken, but must be legal
-        strides = [
-            stride if size > 1 else _VECTOR // item
-            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-        ]  # fmt: skip
-        return TensorMap(source, pointer, self.dtype, item, tensor.shape, [*strides[:-1], 1], box)
+        maps = []
+        for source, tensor, box in zip((1, 2), (k, v), self._binary(variant).boxes, strict=True):
+            # the step of an axis of one element is never taken, but must be legal
+            strides = [step if size > 1 else _VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+            strides[-1] = 1
+            maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
+        return maps
 
     def _binary(self, variant: Variant) -> Binary:
         if variant not in self._binaries:
             self._binaries[variant] = binary(self.kernel, self.path, variant, self.target)
         return self._binaries[variant]
 
-    def _function(self, variant: Variant, device: int) -> int:
+    def _function(self, variant: Variant, device: int) -> Function:
         if (variant, device) not in self._functions:
             built = self._binary(variant)
             with torch.cuda.device(device):
-                self._functions[variant, device] = driver().load(built.code, built.entry, built.shared, device)
+                handle = driver().load(built.code, built.entry, built.shared, device)
+            kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
+                     for p in arguments(self.kernel, variant)]  # fmt: skip
+            loaded = Function(handle, device, built.threads, built.shared, kinds, built.scratch)
+            self._functions[variant, device] = loaded
         return self._functions[variant, device]
 
-    def _grid(self, sizes: dict[str, int]) -> int:
+    def _grid(self, q: Tensor, k: Tensor) -> int:
         """One program per row tile and query head, or per packed group of heads."""
         pack: int = self.kernel["pack"]
         rows: int = self.kernel["block_m"] // pack
-        tiles = -(-sizes["q_len"] // rows)
-        grid = sizes["batch"] * sizes["n_key_heads"] * (sizes["group"] // pack) * tiles
+        grid = q.shape[0] * (q.shape[1] // pack) * -(-q.shape[2] // rows)
         if grid > MAX_GRID:
             raise ShapeError(
                 "q", given=f"{grid} tiles of rows", allowed=f"at most {MAX_GRID}", remedy="split the batch"
@@ -215,15 +207,15 @@ class AttentionKernel:
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
         """The same kernel through Triton's own front end."""
-        sizes = _sizes(self.tables, q, k, v, out, tables)
-        grid = self._grid(sizes)
+        grid = self._grid(q, k)
         if not grid:
             return
+        sizes = [*_table_sizes(tables), *_lengths(q, k), *_strides(q, k, v, out)]
         named: dict[str, Any] = {
-            **sizes, "q": q, "k": k, "v": v, "out": out, "lse": lse, "k_blocks": None, "v_blocks": None,
-            "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or _SMALLEST_SCALE,
+            **dict(zip(self._fixed, sizes, strict=True)), **constants_of(self.kernel, Variant(negative=scale < 0)),
             **{f"{op['name']}_table": table for op, table in zip(self.tables, tables, strict=True)},
-            **constants_of(self.kernel, Variant(negative=scale < 0)),
+            "q": q, "k": k, "v": v, "out": out, "lse": lse, "k_blocks": None, "v_blocks": None,
+            "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or _SMALLEST_SCALE,
         }  # fmt: skip
         values = {parameter.name: named[parameter.name] for parameter in self._parameters}
         if self._module is None:
@@ -236,30 +228,35 @@ class AttentionKernel:
                 self._module.attention[grid,](**values, num_warps=warps, num_stages=stages)
 
 
-def _sizes(
-    named: Sequence[Op], q: Tensor, k: Tensor, v: Tensor, out: Tensor, tables: Sequence[Tensor]
-) -> dict[str, int]:
-    """Every argument that depends on shapes and strides alone; the stride of an axis of one element is 0."""
-    heads, key_heads = q.shape[1], k.shape[1]
-    sizes = {
-        "batch": q.shape[0], "q_len": q.shape[2], "k_len": k.shape[2], "n_key_heads": key_heads,
-        "group": heads // max(key_heads, 1),
-    }  # fmt: skip
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        for axis, size, stride in zip("bhnd", tensor.shape, tensor.stride(), strict=True):
-            sizes[f"{name}_{axis}"] = stride if size > 1 else (1 if axis == "d" else 0)
-    for op, table in zip(named, tables, strict=True):
-        name = f"{op['name']}_table"
-        for axis, size, stride in zip("bhr", table.shape, table.stride(), strict=False):
-            sizes[f"{name}_{axis}"] = stride if size > 1 else 0
-        sizes[f"{name}_rows"], sizes[f"{name}_cols"] = table.shape[2:]
-    return sizes
+def _table_sizes(tables: Sequence[Tensor]) -> list[int]:
+    """Strides of the outer axes, 0 where there is one element; rows and columns."""
+    values: list[int] = []
+    for table in tables:
+        values += (stride if size > 1 else 0 for size, stride in zip(table.shape[:3], table.stride(), strict=False))
+        values += table.shape[2:]
+    return values
 
 
-def _is_aligned(sizes: dict[str, int], item: int) -> bool:
+def _lengths(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
+    """q_len, k_len, key heads, query heads of a key head."""
+    return q.shape[2], k.shape[2], k.shape[1], q.shape[1] // max(k.shape[1], 1)
+
+
+def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
+    """Of all axes, but the last of `out`; 0, or 1 for the last axis, where there is one element."""
+    values: list[int] = []
+    for tensor in (q, k, v, out):
+        values += (stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        values[-1] = values[-1] or 1
+    return values[:-1]
+
+
+def _is_aligned(strides: list[int], item: int) -> bool:
     """Whether last strides are 1 and all others multiples of 16 bytes."""
-    strides = [sizes[f"{tensor}_{axis}"] for tensor in ("q", "k", "v", "out") for axis in "bhn"]
-    return all(sizes[f"{x}_d"] == 1 for x in ("q", "k", "v")) and not any(stride * item % _VECTOR for stride in strides)
+    last = strides[3], strides[7], strides[11]
+    return last == (1, 1, 1) and not any(
+        stride * item % _VECTOR for at, stride in enumerate(strides) if at not in (3, 7, 11)
+    )
 
 
 def _index_type(value: int | Tensor | None) -> str:

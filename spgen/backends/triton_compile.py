@@ -118,7 +118,7 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
     built = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=device,
-        options={"num_warps": option(kernel, "warps", 4), "num_stages": option(kernel, "stages", 2)},
+        options=_options(kernel),
     )
     if built.metadata.shared > target.smem_bytes:
         raise CompileError(
@@ -128,6 +128,13 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
             remedy="choose smaller tiles or fewer stages",
         )
     return built
+
+
+def _options(kernel: Op) -> dict[str, int]:
+    """Triton's own options: of the schedule's, those that say how a program runs."""
+    chosen = {"num_warps": option(kernel, "warps", 4), "num_stages": option(kernel, "stages", 2)}
+    registers = option(kernel, "registers", 0)
+    return {**chosen, "maxnreg": registers} if registers else chosen
 
 
 def constants_of(kernel: Op, variant: Variant) -> dict[str, Any]:

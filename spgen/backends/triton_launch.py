@@ -1,7 +1,7 @@
 """Loads compiled kernels and launches them through the CUDA driver, without Triton's own front end.
 
 A launch through Triton's front end costs 15 to 50 microseconds of Python, and its first one needs a C compiler. Here
-everything that depends on shapes and strides is prepared once (`Launch`); a call writes its pointers and goes.
+everything that depends on shapes and strides is prepared once (`Call`); a launch writes its pointers and goes.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ _INVALID_CONTEXT = 201
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 * 1024  # what a block may use without asking
 _MAP_BYTES = 128
+_MAP_VALUES = 8  # shape and strides of four axes
 _MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 _PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _REPLACE = "cuTensorMapReplaceAddress"
@@ -57,13 +58,13 @@ class Driver:
             self._check(allowed, f"reserving {shared} bytes of shared memory")
         return int(function.value or 0)
 
-    def launch(self, launch: Launch, stream: int) -> None:
-        """Run a prepared launch."""
-        arguments = (launch.function, launch.grid, 1, 1, launch.threads, 1, 1, launch.shared)
-        status = self._launch(*arguments, stream, launch.addresses, None)
+    def launch(self, function: Function, grid: int, stream: int) -> None:
+        """Run a kernel whose arguments are written."""
+        arguments = (function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, function.addresses)
+        status = self._launch(*arguments, None)
         if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
-            self._use_device(launch.device)
-            status = self._launch(*arguments, stream, launch.addresses, None)
+            self._use_device(function.device)
+            status = self._launch(*arguments, None)
         self._check(status, "launching a kernel")
 
     def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
@@ -107,53 +108,8 @@ def driver() -> Driver:
     return Driver()
 
 
-class Launch:
-    """One kernel at one set of shapes and strides: its grid and the memory that holds its arguments.
-
-    `arguments` are the values in order: an int (its low 32 or 64 bits are read), or a `TensorMap`. `changing` are the
-    indices of those that every call brings anew.
-    """
-
-    def __init__(
-        self, function: int, device: int, grid: int, threads: int, shared: int, arguments: Sequence[Any],
-        changing: Sequence[int],
-    ) -> None:  # fmt: skip
-        self.function, self.device, self.grid = function, device, grid
-        self.threads, self.shared = threads, shared
-        self._lock = threading.Lock()
-        self._maps = [argument for argument in arguments if isinstance(argument, TensorMap)]
-        self._order = {index: slot for slot, index in enumerate(changing)}
-        self._slots = (ctypes.c_uint64 * (len(arguments) + 8 * len(self._maps)))()
-        self._n_changing = len(changing)
-        self.addresses = self._layout(arguments)
-
-    def _layout(self, arguments: Sequence[Any]) -> ctypes.Array[ctypes.c_void_p]:
-        """Values that change come first in the slots, so that a call writes one slice."""
-        base, free, addresses = ctypes.addressof(self._slots), len(self._order), []
-        for index, argument in enumerate(arguments):
-            values = argument.values if isinstance(argument, TensorMap) else (argument,)
-            if isinstance(argument, TensorMap):
-                addresses.append(argument.address)
-            for value in values:
-                slot = self._order.get(index, free)
-                free += slot == free
-                self._slots[slot] = value & 0xFFFFFFFFFFFFFFFF
-                addresses.append(base + 8 * slot)
-        return (ctypes.c_void_p * len(addresses))(*addresses)
-
-    def __call__(self, changing: list[int], stream: int) -> None:
-        """Launch with these values for the arguments that change."""
-        if not self.grid:
-            return
-        with self._lock:  # the driver reads the slots while it is called
-            self._slots[: self._n_changing] = changing  # type: ignore[assignment]
-            for tensor_map in self._maps:
-                tensor_map.follow(changing)
-            driver().launch(self, stream)
-
-
 class TensorMap:
-    """A tensor descriptor argument: 128 aligned bytes, then the tensor's shape and strides, as Triton passes it.
+    """What a tensor descriptor argument consists of: 128 aligned bytes, then the tensor's shape and strides.
 
     `source` is the index, among the changing arguments, of the pointer that the map follows.
     """
@@ -173,6 +129,61 @@ class TensorMap:
         if pointer != self._pointer:
             driver().point(self.address, pointer)
             self._pointer = pointer
+
+
+class Call:
+    """What all calls of the same shapes and strides share: the grid, the arguments that follow from them, the maps."""
+
+    def __init__(self, function: Function, grid: int, fixed: Sequence[int], maps: Sequence[TensorMap]) -> None:
+        self.function, self.grid, self.maps = function, grid, maps
+        self.fixed = [*fixed, *(value for tensor_map in maps for value in tensor_map.values)]
+
+    def __call__(self, changing: list[int], stream: int) -> None:
+        """Launch with these values for the arguments that every call brings anew."""
+        if self.grid:
+            self.function.launch(self, changing, stream)
+
+
+class Function:
+    """A kernel on one device, with the memory from which the driver reads its arguments.
+
+    `kinds` says of each argument, in order, where it comes from: "changing", "fixed" or "map" (a `TensorMap`).
+    """
+
+    def __init__(self, handle: int, device: int, threads: int, shared: int, kinds: Sequence[str], scratch: int) -> None:
+        self.handle, self.device, self.threads, self.shared = handle, device, threads, shared
+        self._lock = threading.Lock()
+        self._last: Call | None = None
+        self._n_changing = kinds.count("changing")
+        n_fixed, n_maps = kinds.count("fixed"), kinds.count("map")
+        self._end = self._n_changing + n_fixed + _MAP_VALUES * n_maps
+        self._slots = (ctypes.c_uint64 * (self._end + scratch))()  # what follows the end stays 0: no scratch memory
+        slots = {"changing": 0, "fixed": self._n_changing, "map": self._n_changing + n_fixed}
+        order: list[int | None] = []
+        self._maps_at: list[int] = []
+        for kind in kinds:
+            if kind == "map":
+                self._maps_at.append(len(order))
+                order.append(None)
+            for _ in range(_MAP_VALUES if kind == "map" else 1):
+                order.append(slots[kind])
+                slots[kind] += 1
+        order += range(self._end, self._end + scratch)
+        base = ctypes.addressof(self._slots)
+        self.addresses = (ctypes.c_void_p * len(order))(*(None if slot is None else base + 8 * slot for slot in order))
+
+    def launch(self, call: Call, changing: list[int], stream: int) -> None:
+        """Write the arguments and launch; the driver copies them before it returns."""
+        with self._lock:
+            if call is not self._last:
+                self._slots[self._n_changing : self._end] = call.fixed  # type: ignore[assignment]
+                for at, tensor_map in zip(self._maps_at, call.maps, strict=True):
+                    self.addresses[at] = tensor_map.address
+                self._last = call
+            for tensor_map in call.maps:
+                tensor_map.follow(changing)
+            self._slots[: self._n_changing] = changing  # type: ignore[assignment]
+            driver().launch(self, call.grid, stream)
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ _HALF = {
     False: ((64, (128, 64, 4, 2)), (128, (128, 32, 4, 2)), (256, (64, 32, 4, 1))),
 }
 # exact products of float32 run on the plain arithmetic units and keep their operands in registers
-_FLOAT = ((64, (64, 32, 4, 1)), (128, (32, 32, 4, 1)), (256, (32, 16, 4, 1)))
+_FLOAT = ((128, (32, 32, 8, 1)), (256, (16, 16, 8, 1)))
 
 
 def default_schedule(head_dim: int, value_dim: int, dtype: str, target: Target) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spgen.errors import UnsupportedError
-from spgen.ir.expr import TRUE, Expr, Range, free_variables, walk
+from spgen.ir.expr import TRUE, Expr, Range, free_variables, tables, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.triton.expressions import COLUMN, ROW, Printed, print_expression
@@ -54,6 +54,8 @@ class Segment:
     full_stop: Printed | None
     stop: Printed
     column: Printed
+    first_column: Printed | None  # with next_column: the full loop reads a tile's column one step ahead
+    next_column: Printed | None
     key: Printed | None
     mask: Printed | None
 
@@ -98,6 +100,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
         "dtype": kernel["dtype"],
+        "precision": "tf32x3" if option(kernel, "tf32x3", 0) else "ieee",
         "head_dim": kernel["head_dim"],
         "value_dim": kernel["value_dim"],
         "head_lanes": padded(kernel["head_dim"]),
@@ -114,9 +117,8 @@ def symbols(kernel: Op) -> dict[str, Any]:
             {"name": names[op["name"]], "value": _print(op["value"], names, names[op["name"]])}
             for op in parts(kernel, "let")
         ],
-        "segments": [_segment(op, names, rows) for op in parts(kernel, "segment")],
+        "segments": [_segment(op, names, rows, option(kernel, "prefetch", 0)) for op in parts(kernel, "segment")],
         "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
-        "prefetch": option(kernel, "prefetch", 0),
     }
 
 
@@ -155,9 +157,9 @@ def _expressions(kernel: Op) -> Iterator[Expr]:
 def _names(kernel: Op) -> dict[str, str]:
     """What variables and tables are called in the source; a let cannot clash with the template's own names."""
     own = {name: name for name in (*_RANGES, "q_offset", "i", "c")}
-    tables = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
+    data = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
     lets = {op["name"]: f"let_{op['name']}" for op in parts(kernel, "let")}
-    return {**own, **tables, **lets}
+    return {**own, **data, **lets}
 
 
 def _row_vectors(kernel: Op) -> set[str]:
@@ -169,11 +171,13 @@ def _row_vectors(kernel: Op) -> set[str]:
     return vectors
 
 
-def _segment(op: Op, names: Mapping[str, str], rows: set[str]) -> Segment:
+def _segment(op: Op, names: Mapping[str, str], rows: set[str], prefetch: int) -> Segment:
     """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
     contiguous = op["contiguous"]
     first = {**names, "p": "p0"} if contiguous else names
     both = {**names, **{x: names[x] + ROW for x in rows}, **{x: names[x] + COLUMN for x in COLUMN_VARIABLES}}
+
+    ahead = prefetch == 1 and contiguous and op["full_start"] is not None and bool(tables(op["column"]))
 
     def text(attribute: str, names: Mapping[str, str]) -> Any:
         return _print(op[attribute], names, attribute)
@@ -187,6 +191,8 @@ def _segment(op: Op, names: Mapping[str, str], rows: set[str]) -> Segment:
         full_stop=text("full_stop", names),
         stop=text("stop", names),
         column=text("column", first),
+        first_column=text("column", {**names, "p": "full_start"}) if ahead else None,
+        next_column=text("column", {**names, "p": "p_next"}) if ahead else None,
         key=text("key", names),
         mask=None if op["mask"] is TRUE else text("mask", both),
     )
