@@ -219,7 +219,7 @@ def arithmetic(block_m: int, block_n: int) -> Case:
     q, k, v = tensors(2, 4, 4, 100, 90)
     steps = torch.randint(-9, 9, (2, 4, 30, 12), generator=generator).int().sort(-1).values
     table_terms = (
-        "select(odd, abs(own + j - i) % 4, (i ^ j) & 3) << 1 < 5",
+        "(select(odd, abs(own + j - i) % 4, (i ^ j) & 3) << 1 < 5)",
         "(load(steps, r // 3, (i - j) // 8) <= near % 6)",
         "(count_le(steps, r // 4, j % 17 - 8) > 3)",
     )
@@ -229,7 +229,7 @@ def arithmetic(block_m: int, block_n: int) -> Case:
         let("near", "(i - 40) // 7", "row"),
         let("odd", "(r % 2 == 1) | (s < 3)", "row"),
         let("own", "load(steps, r // 4, 5)", "row"),
-        segment("0", "50", mask=" & ".join(table_terms) + " | (j - i + phase) // -3 % 7 == 1"),
+        segment("0", "50", mask=" & ".join(table_terms) + " | ((j - i + phase) // -3 % 7 == 1)"),
         segment(
             "50", "kv_len", mask="((j - i + phase) % 5 - 2 >> 1 < 0) & ~((near - j) // 11 == -2) | odd & (j % 3 == 0)"
         ),

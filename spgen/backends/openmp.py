@@ -1,0 +1,83 @@
+"""Threads for compiled kernels: a small C file that runs their workers on the OpenMP threads of PyTorch.
+
+TVM would start a pool of its own, which spins against PyTorch's. The C file is compiled once on each machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from spgen.cache import Cache, key
+from spgen.errors import ToolchainError
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_LIBRARY = "openmp.so"
+_SYMBOL = b"__TVMBackendParallelLaunch"
+
+
+@lru_cache(maxsize=1)
+def compiler() -> list[str] | None:
+    """The command of the C compiler (`CC`, else cc, gcc or clang), or None."""
+    words = shlex.split(os.environ.get("CC", ""))
+    if words and shutil.which(words[0]):
+        return words
+    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    return [found] if found else None
+
+
+def register() -> None:
+    """Makes kernels that are loaded from now on use PyTorch's threads. Call it before each load: TVM, imported
+    in between, would have put its own pool there.
+
+    Raises ToolchainError where there is no C compiler and no library in the cache.
+    """
+    context, launch = _launcher()
+    if context(_SYMBOL, launch) != 0:
+        raise ToolchainError("tvm_ffi", given="no place for threads", remedy="pip install -U 'spgen[cpu]'")
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> tuple[ctypes._FuncPointer, ctypes.c_void_p]:
+    import torch  # noqa: F401  its OpenMP library must be there first
+    import tvm_ffi.libinfo
+
+    ffi = ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi())
+    context = ffi.TVMFFIEnvModRegisterContextSymbol
+    context.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    library = _library()
+    return context, ctypes.cast(library.spgen_parallel_launch, ctypes.c_void_p)
+
+
+def _library() -> ctypes.CDLL:
+    cache = Cache()
+    try:
+        return ctypes.CDLL(str(_built(cache, threads=True) / _LIBRARY))
+    except OSError:  # PyTorch runs no OpenMP here: its symbols are missing
+        return ctypes.CDLL(str(_built(cache, threads=False) / _LIBRARY))
+
+
+def _built(cache: Cache, *, threads: bool) -> Path:
+    text = _SOURCE.read_text(encoding="utf-8")
+    name = key(kind="openmp", source=text, threads=threads, machine=os.uname().machine)
+    return cache.get_or_build(name, lambda directory: _compile(directory, threads), meta={"kind": "openmp"})
+
+
+def _compile(directory: Path, threads: bool) -> None:
+    command = compiler()
+    if command is None:
+        raise ToolchainError("C compiler", given="none found", remedy="install gcc or clang, or set CC")
+    # no libraries: OpenMP's symbols are PyTorch's
+    flags = ["-O2", "-fPIC", "-shared", "-nostdlib", *(["-fopenmp"] if threads else [])]
+    done = subprocess.run(
+        [*command, *flags, str(_SOURCE), "-o", str(directory / _LIBRARY)], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ToolchainError(
+            shlex.join(command), given=done.stderr.strip() or "an error", remedy="install a C compiler that works"
+        )

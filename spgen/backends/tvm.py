@@ -1,0 +1,98 @@
+"""The CPU backend: a level-3 kernel as code for TVM's builder, compiled by LLVM to a small shared library.
+
+A library in the disk cache is loaded by tvm_ffi alone; neither tvm nor Jinja is imported then. Where there is no
+linker, TVM's in-process JIT takes its place: such a kernel is compiled again in each process and runs on TVM's
+threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.backends.tvm_library import load, render_source
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.templates.tvm.schedule import check, schedule, scratch_size
+
+_built: dict[tuple[Op, Target], AttentionKernel] = {}
+_lock = threading.Lock()
+
+
+def default_schedule(head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]:
+    """`block_m`, `block_n` and `options` of a kernel that fits the target's vector registers."""
+    return schedule(head_dim, value_dim, target)
+
+
+def build(kernel: Op, target: Target) -> AttentionKernel:
+    """The launchable form of a level-3 attention kernel, from the cache or compiled.
+
+    Raises UnsupportedError for what no CPU kernel does, ToolchainError where a tool is missing.
+    """
+    with _lock:
+        if (kernel, target) not in _built:
+            _built[kernel, target] = AttentionKernel(kernel, target)
+        return _built[kernel, target]
+
+
+class AttentionKernel:
+    """A compiled attention kernel. Calls block until the result is there; any thread may call."""
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        check(kernel, target)
+        self.kernel, self.target = kernel, target
+        self._scratch_size = scratch_size(kernel, target)
+        self._local = threading.local()
+        self._pass_lse: bool = kernel["lse"]
+        self._pass_offset: bool = kernel["q_offset"] != "default"
+        self._strided: Callable[..., None] | None = None
+        self._function, self.path = load(kernel, target, strided=False)
+
+    @property
+    def source(self) -> str:
+        """The rendered builder code."""
+        return (
+            self.path.read_text(encoding="utf-8")
+            if self.path
+            else render_source(self.kernel, self.target, strided=False)
+        )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+    ) -> None:  # fmt: skip
+        """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
+        function = self._function
+        if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+            function = self._strided_function()
+        arguments = [q, k, v, out]
+        if self._pass_lse:
+            arguments.append(lse)
+        arguments += tables
+        if self._pass_offset:
+            arguments.append(_int32(q_offset))
+        if kv_lengths is not None:
+            arguments.append(_int32(kv_lengths))
+        function(*arguments, scale, self._scratch())
+
+    def _scratch(self) -> Tensor:
+        """A row of memory for each thread; a set for each thread that calls."""
+        workers = torch.get_num_threads()
+        kept: Tensor | None = getattr(self._local, "scratch", None)
+        if kept is None or kept.shape[0] != workers:
+            kept = self._local.scratch = torch.empty(workers, self._scratch_size)
+        return kept
+
+    def _strided_function(self) -> Callable[..., None]:
+        with _lock:
+            if self._strided is None:
+                self._strided, _ = load(self.kernel, self.target, strided=True)
+            return self._strided
+
+
+def _int32(value: int | Tensor | None) -> int | Tensor | None:
+    return value.int() if isinstance(value, Tensor) else value

@@ -1,0 +1,110 @@
+"""The shared libraries of CPU kernels: found in the disk cache, or rendered, compiled and put there."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from spgen import cache
+from spgen.backends import openmp
+from spgen.errors import CompileError, ToolchainError
+from spgen.ir.node import Op
+from spgen.settings import settings
+from spgen.target import Target
+
+_LIBRARY, _SOURCE = "kernel.so", "kernel.py"
+_FUNCTION = "attention"
+_BACKENDS = Path(__file__).parent
+# what decides a kernel's code: the templates, and the lowering
+_GENERATORS = (_BACKENDS.parent / "templates" / "tvm", _BACKENDS)
+
+
+def load(kernel: Op, target: Target, *, strided: bool) -> tuple[Callable[..., None], Path | None]:
+    """The compiled function of a kernel, and the file of its source (None where it was compiled in memory)."""
+    disk = cache.Cache()
+    key = _key(kernel, target, strided)
+    directory = disk.get(key)
+    if directory is None:
+        _refuse_to_compile()
+        if not _can_link():
+            return _in_memory(kernel, target, strided), None
+        meta = {"kind": "attention", "backend": "tvm", "target": target.key, "kernel": str(kernel)}
+        directory = disk.get_or_build(key, lambda place: _write(kernel, target, strided, place), meta=meta)
+    return _function(directory / _LIBRARY), directory / _SOURCE
+
+
+def render_source(kernel: Op, target: Target, *, strided: bool) -> str:
+    """The builder code of a kernel."""
+    from spgen.templates.tvm.attention import attention_source
+
+    return attention_source(kernel, target, strided=strided)
+
+
+def _write(kernel: Op, target: Target, strided: bool, directory: Path) -> None:
+    from spgen.backends.tvm_compile import compile_source, link
+
+    source = directory / _SOURCE
+    source.write_text(render_source(kernel, target, strided=strided), encoding="utf-8")
+    link(compile_source(source.read_text(encoding="utf-8"), source, target), directory)
+
+
+def _function(library: Path) -> Callable[..., None]:
+    try:
+        import tvm_ffi
+    except ImportError:
+        raise ToolchainError("tvm_ffi", given="not installed", remedy="pip install 'spgen[cpu]'") from None
+    openmp.register()
+    found: Callable[..., None] = tvm_ffi.load_module(str(library))[_FUNCTION]
+    return found
+
+
+def _in_memory(kernel: Op, target: Target, strided: bool) -> Callable[..., None]:
+    """TVM's JIT, with its own threads: for a machine without a linker."""
+    from spgen.backends.tvm_compile import compile_source
+
+    source = render_source(kernel, target, strided=strided)
+    found: Callable[..., None] = compile_source(source, Path("<spgen kernel>"), target)[_FUNCTION]
+    return found
+
+
+def _can_link() -> bool:
+    from spgen.backends.tvm_compile import linker
+
+    return linker() is not None and openmp.compiler() is not None
+
+
+def _refuse_to_compile() -> None:
+    if settings().no_compile:
+        raise CompileError(
+            "kernel",
+            given="one that is not in the cache",
+            allowed="cached kernels only, since SPGEN_NO_COMPILE is set",
+            remedy="unset SPGEN_NO_COMPILE, or fill the cache with `spgen compile`",
+        )
+
+
+def _key(kernel: Op, target: Target, strided: bool) -> str:
+    return cache.key(
+        kind="tvm", kernel=str(kernel), target=target.key, isa=target.isa, strided=strided, generator=_generator()
+    )
+
+
+@lru_cache(maxsize=1)
+def _generator() -> str:
+    """Changes with everything that turns a kernel's text into code."""
+    digest = hashlib.sha256()
+    for folder in _GENERATORS:
+        for file in sorted(folder.glob("*.jinja")) + sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
+    digest.update("".join(map(_version, ("apache-tvm", "apache-tvm-ffi", "torch"))).encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

@@ -1,0 +1,1 @@
+"""CPU kernels: templates that render code for TVM's IR builder."""

@@ -1,0 +1,161 @@
+"""From a level-3 attention kernel to the code that builds it with TVM."""
+
+from __future__ import annotations
+
+import keyword
+from dataclasses import dataclass
+
+from spgen.ir.expr import Expr, Range, free_variables, value_range
+from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, ROW_VARIABLES, parts
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.templates.render import render
+from spgen.templates.tvm.expressions import builder_text, is_truth
+from spgen.templates.tvm.schedule import check, isa_of, key_rows, value_rows
+
+_HEADS = {"one": "T.int32(0)", "kv": "hk", "q": "h"}
+_NATURAL: Range = (0, None)
+_VARIABLES = (*PROGRAM_VARIABLES, *ROW_VARIABLES, *COLUMN_VARIABLES)
+# names the template gives to its own values; a let of such a name gets an underscore
+_TAKEN = frozenset(
+    """any_key at arguments b batch best bit block c cells column columns coming count count_le counter element empty
+    equal factor finite first flat g group h head hk i inside j k k_head k_step key key_of key_row keys kv_heads
+    kv_len kv_lengths kv_lengths_argument lane lanes largest last let load loaded log low lse lse_argument masked n
+    n_heads new_top next_task now number out out_head out_start out_step p p0 parts place position prefetch q q_head
+    q_len q_offset q_offset_argument q_offsets q_step query r row row_of rows s scale score score_at scratch select
+    div floordiv floormod mod shapes shrink some splat start starts step steps stop store stored sums table_argument task tasks tensors tile
+    tile_of tiles tiles_of together top total transposed unequal v v_head v_step value wanted weight when wide width
+    worker workers x y ahead exp2 is_full is_left""".split()
+)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A named value of the rendered code: `name` in the IR, `label` in the code, `text` what it is."""
+
+    name: str
+    label: str
+    text: str = ""
+    truth: bool = False
+
+
+@dataclass(frozen=True)
+class TableArgument:
+    """A table: `head` is the code of its head axis."""
+
+    name: str
+    label: str
+    head: str
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a mask reads: values of the rows, the column, the position."""
+
+    rows: tuple[Value, ...]
+    column: bool
+    position: bool
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment, its expressions as code (None: absent)."""
+
+    name: str
+    contiguous: bool
+    column: str
+    key: str | None
+    start: str
+    full_start: str | None
+    full_stop: str | None
+    stop: str
+    mask: str | None
+    reads: Reads
+
+
+def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> str:
+    """Python source whose `attention()` gives the PrimFunc of `kernel`; `strided`: last strides other than 1.
+
+    Raises UnsupportedError for a schedule that the vector extension cannot run.
+    """
+    check(kernel, target)
+    isa = isa_of(target)
+    code = _Code(kernel)
+    segments = [code.segment(op) for op in parts(kernel, "segment")]
+    kept = {value.label: value for segment in segments for value in segment.reads.rows}
+    return render(
+        "tvm/attention.py.jinja",
+        kernel=str(kernel),
+        **{name: kernel[name] for name in ("head_dim", "value_dim", "block_m", "block_n", "pack")},
+        **{name: kernel[name] for name in ("lse", "q_offset", "kv_lengths")},
+        lanes=isa.lanes,
+        key_rows=key_rows(kernel, isa),
+        value_rows=value_rows(kernel, isa),
+        strided=strided,
+        tables=code.tables,
+        scalars=code.scalars,
+        rows=code.rows,
+        row=code.row,
+        kept=list(kept.values()),
+        keeps_column=any(segment.reads.column for segment in segments),
+        segments=segments,
+        helpers=render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef),
+    )
+
+
+class _Code:
+    """The parts of a kernel as code, in the order in which names come into being."""
+
+    def __init__(self, kernel: Op) -> None:
+        self.names = {name: name for name in _VARIABLES}
+        self.booleans: set[str] = set()
+        # j may be -1 in a mask, where the result does not count
+        self.ranges = {name: _NATURAL for name in _VARIABLES if name not in ("q_offset", "i", "r", "c")}
+        self.tables = [self._table(op) for op in parts(kernel, "table")]
+        self.row = self._optional(kernel["row"])
+        self.ranges["r"] = _NATURAL if self.row is None else value_range(kernel["row"], self.ranges)
+        lets = [(op["per"], self._let(op)) for op in parts(kernel, "let")]
+        self.scalars = [value for per, value in lets if per == "program"]
+        self.rows = [value for per, value in lets if per == "row"]
+
+    def segment(self, op: Op) -> Segment:
+        self.ranges["c"] = value_range(op["column"], self.ranges)
+        return Segment(
+            name=op["name"],
+            contiguous=op["contiguous"],
+            column=self.text(op["column"]),
+            key=self._optional(op["key"]),
+            start=self.text(op["start"]),
+            full_start=self._optional(op["full_start"]),
+            full_stop=self._optional(op["full_stop"]),
+            stop=self.text(op["stop"]),
+            mask=self._optional(op["mask"]),
+            reads=self._reads(op["mask"]),
+        )
+
+    def text(self, node: Expr) -> str:
+        return builder_text(node, self.names, booleans=self.booleans, ranges=self.ranges)
+
+    def _optional(self, node: Expr | None) -> str | None:
+        return None if node is None else self.text(node)
+
+    def _table(self, op: Op) -> TableArgument:
+        label = f"{op['name']}_table"
+        self.names[f"table:{op['name']}"] = label
+        return TableArgument(op["name"], label, _HEADS[op["heads"]])
+
+    def _let(self, op: Op) -> Value:
+        name = op["name"]
+        taken = name in _TAKEN or keyword.iskeyword(name) or name[-1].isdigit() or name.endswith(("_of", "_table"))
+        label = f"{name}_" if taken else name
+        value = Value(name, label, self.text(op["value"]), is_truth(op["value"], self.booleans))
+        self.names[name] = label
+        self.ranges[name] = value_range(op["value"], self.ranges)
+        if value.truth:
+            self.booleans.add(name)
+        return value
+
+    def _reads(self, mask: Expr | None) -> Reads:
+        used = frozenset() if mask is None else free_variables(mask)
+        of_rows = (*(Value(name, name) for name in ROW_VARIABLES), *self.rows)
+        return Reads(tuple(value for value in of_rows if value.name in used), "c" in used, "p" in used)

@@ -1,0 +1,91 @@
+"""Tile sizes of a CPU kernel: what its schedule says, and what the vector extension allows.
+
+Needed at each start, so it imports neither Jinja nor the templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spgen.errors import UnsupportedError
+from spgen.ir.kernel import option
+from spgen.ir.node import Op
+from spgen.target import Target
+
+MAX_BLOCK = 96  # lanes or columns of a tile: what a worker keeps of each lies in arrays on its stack
+
+
+@dataclass(frozen=True)
+class Isa:
+    """`lanes` fp32 values fill a vector register, of which there are `registers`; `scalef` is AVX-512's 2^n scaling.
+
+    A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
+    """
+
+    lanes: int
+    registers: int
+    block_m: int
+    scalef: bool = False
+
+    def tile_rows(self, vectors: int) -> int:
+        """Rows of the register tile beside `vectors` vectors of queries."""
+        spare = 2  # the broadcast operand, and one for the scheduler
+        return max(1, min(16, (self.registers - spare - vectors) // vectors))
+
+
+_ISAS = {
+    "avx512": Isa(lanes=16, registers=32, block_m=64, scalef=True),
+    "avx2": Isa(lanes=8, registers=16, block_m=32),
+    "neon": Isa(lanes=4, registers=32, block_m=16),
+    "sse2": Isa(lanes=4, registers=16, block_m=8),
+    "none": Isa(lanes=4, registers=16, block_m=8),
+}
+
+
+def isa_of(target: Target) -> Isa:
+    """The row of the target's vector extension; the narrowest for one that is not listed."""
+    return _ISAS.get(target.isa, _ISAS["none"])
+
+
+def schedule(head_dim: int, value_dim: int, target: Target) -> Mapping[str, Any]:
+    """`block_m`, `block_n` and `options` that are legal and were best where they were tried."""
+    return {"block_m": isa_of(target).block_m, "block_n": 64, "options": []}
+
+
+def check(kernel: Op, target: Target) -> None:
+    """Raises UnsupportedError for what no CPU kernel does."""
+    isa = isa_of(target)
+    if kernel["dtype"] != "float32":
+        raise UnsupportedError("dtype on the CPU", given=kernel["dtype"], allowed="float32", remedy="call .float()")
+    for name in ("block_m", "block_n"):
+        if kernel[name] % isa.lanes or not 0 < kernel[name] <= MAX_BLOCK:
+            allowed = f"a multiple of {isa.lanes} up to {MAX_BLOCK}"
+            raise UnsupportedError(f"schedule: {name}", given=kernel[name], allowed=allowed)
+    if not 1 <= kernel["pack"] <= kernel["block_m"]:
+        raise UnsupportedError("schedule: pack", given=kernel["pack"], allowed="1 to block_m")
+
+
+def key_rows(kernel: Op, isa: Isa) -> int:
+    """Keys of the register tile of K Q."""
+    return _rows(kernel, isa, "key_rows", kernel["block_n"])
+
+
+def value_rows(kernel: Op, isa: Isa) -> int:
+    """Dimensions of the register tile of V P."""
+    return _rows(kernel, isa, "value_rows", kernel["value_dim"])
+
+
+def _rows(kernel: Op, isa: Isa, name: str, size: int) -> int:
+    """What the schedule says, else what the registers hold: a divisor of `size`, unless that wastes too many."""
+    most = isa.tile_rows(kernel["block_m"] // isa.lanes)
+    divisor = max(rows for rows in range(1, most + 1) if size % rows == 0)
+    return option(kernel, name, divisor if 3 * divisor >= 2 * most else most)
+
+
+def scratch_size(kernel: Op, target: Target) -> int:
+    """fp32 values of memory that each worker needs: queries, output and scores of one tile."""
+    rows = key_rows(kernel, isa_of(target))
+    columns = -(-kernel["block_n"] // rows) * rows
+    return int((kernel["head_dim"] + kernel["value_dim"] + columns) * kernel["block_m"])
