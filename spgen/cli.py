@@ -6,6 +6,8 @@ Only what a command needs is imported, inside the command: `spgen --help` answer
 from __future__ import annotations
 
 import re
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -72,7 +74,7 @@ def compile_pattern(
     target: TargetName = "cpu",
 ) -> None:
     """Compile a pattern's kernel into the cache, so that the first call finds it there."""
-    from spgen.explain import compile_text
+    from spgen.precompile import compile_text
 
     shape = _shape(q)
     path = compile_text(
@@ -85,6 +87,29 @@ def compile_pattern(
         target=target,
     )
     print(path)
+
+
+class Suite(str, Enum):
+    """The benchmarks."""
+
+    cpu_attention = "cpu-attention"
+    gpu_attention = "gpu-attention"
+
+
+@app.command()
+def bench(
+    suite: Annotated[Suite | None, typer.Argument(help="Which; by default the one for this machine.")] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works.")] = False,
+) -> None:
+    """Measure ours, the peers, dense and the floor side by side, and check all against the oracle."""
+    from spgen.bench import run
+    from spgen.bench.report import show, write
+
+    result = run(None if suite is None else suite.value, quick)
+    show(result)
+    if json is not None:
+        write(result, json)
 
 
 @cache_app.command("list")

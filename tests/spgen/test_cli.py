@@ -36,8 +36,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         seen.append({"pattern_text": pattern_text, **options})
         return Path("/kernels/1")
 
-    stand_in = types.SimpleNamespace(explain_text=explain_text, compile_text=compile_text)
-    monkeypatch.setitem(sys.modules, "spgen.explain", stand_in)
+    monkeypatch.setitem(sys.modules, "spgen.explain", types.SimpleNamespace(explain_text=explain_text))
+    monkeypatch.setitem(sys.modules, "spgen.precompile", types.SimpleNamespace(compile_text=compile_text))
     return seen
 
 
@@ -116,5 +116,5 @@ def test_help_needs_no_torch() -> None:
     code = "import sys; from spgen import cli; assert not {'torch', 'tvm', 'triton', 'sympy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     shown = subprocess.run([sys.executable, "-m", "spgen", "--help"], check=True, capture_output=True, text=True).stdout
-    for command in ("explain", "compile", "cache", "doctor"):
+    for command in ("explain", "compile", "bench", "cache", "doctor"):
         assert command in shown

@@ -1,0 +1,23 @@
+/* The most multiply-adds this core can do: independent chains in vector registers, no memory.
+   LANES floats a vector, CHAINS vectors (fewer than there are registers). */
+typedef float vector __attribute__((vector_size(4 * LANES)));
+
+float fma_rounds(long rounds) {
+    vector chain[CHAINS], factor, term;
+    for (int lane = 0; lane < LANES; lane++) {
+        factor[lane] = 0.999f;
+        term[lane] = 0.001f;
+    }
+    for (int n = 0; n < CHAINS; n++)
+        chain[n] = factor * (float)n;
+    for (long round = 0; round < rounds; round++) {
+#pragma GCC unroll 64
+        for (int n = 0; n < CHAINS; n++)
+            chain[n] = chain[n] * factor + term;
+    }
+    float sum = 0; /* so that no chain can be left out */
+    for (int n = 0; n < CHAINS; n++)
+        for (int lane = 0; lane < LANES; lane++)
+            sum += chain[n][lane];
+    return sum;
+}

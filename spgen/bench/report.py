@@ -1,0 +1,135 @@
+"""Results as people read them: a table in the terminal, and the tables of the README, made from docs/bench/*.json."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Result = Mapping[str, Any]
+Cells = Sequence[str]
+
+_CPU_HEAD = (
+    "sparsity", "spgen", "GFLOP/s", "of peak", "compiled FlexAttention", "SDPA causal", "SDPA with mask",
+    "largest error",
+)  # fmt: skip
+_GPU_HEAD = (
+    "length", "sparsity", "spgen", "TFLOP/s", "with plan", "compiled FlexAttention", "cuDNN dense causal",
+    "largest error",
+)  # fmt: skip
+_MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(result: Result) -> tuple[Cells, list[Cells]]:
+    """Head and rows of a result's main table."""
+    if result["suite"] == "cpu-attention":
+        return _CPU_HEAD, [_cpu_row(row) for row in result["rows"]]
+    return _GPU_HEAD, [_gpu_row(row) for row in result["rows"]]
+
+
+def _cpu_row(row: Result) -> Cells:
+    share = row["share_of_peak"]
+    return (
+        f"{row['sparsity']:.0%}", f"{row['ms']['spgen']:.2f} ms", f"{row['gflops']:.0f}",
+        "–" if share is None else f"{share:.0%}", *(_peer(row, name) for name in ("flex", "sdpa causal", "sdpa mask")),
+        f"{row['error']['spgen']:.1e}",
+    )  # fmt: skip
+
+
+def _gpu_row(row: Result) -> Cells:
+    return (
+        f"{row['length'] // 1024}K", f"{row['sparsity']:.0%}", f"{row['ms']['spgen']:.3f} ms",
+        f"{row['tflops']['spgen']:.0f}", f"{row['tflops']['spgen with plan']:.0f}",
+        *(_rate(row, name) for name in ("flex", "cudnn causal")), f"{row['error']['spgen']:.1e}",
+    )  # fmt: skip
+
+
+def _peer(row: Result, name: str) -> str:
+    """A peer's time, and how often ours fits into it."""
+    if name not in row["ms"]:
+        return "–"
+    return f"{row['ms'][name]:.1f} ms ({row['faster_than'][name]:.1f}×)"
+
+
+def _rate(row: Result, name: str) -> str:
+    if name not in row["ms"]:
+        return "–"
+    return f"{row['tflops'][name]:.0f} ({row['faster_than'][name]:.1f}×)"
+
+
+def facts(result: Result) -> list[str]:
+    """What belongs to the table: work, machine, versions, floor, launch and compile times."""
+    machine, launch, start = result["machine"], result["launch"], result["start"]
+    size = f"{machine['threads']} threads" if machine["kind"] == "cpu" else f"{machine['multiprocessors']} SMs"
+    named = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    first = f"{start['first_call_s']:.2f} s, {start['warm_cache_s']:.2f} s if the kernel is in the cache"
+    lines = [
+        str(result["work"]),
+        f"{machine['name']}, {machine['arch']}, {size}; {named}",
+        _floor(result),
+        f"launch: {launch['attend_us']:.1f} µs a call, {launch['overhead_us']:.1f} µs of it beyond the bare kernel",
+        f"first call in a fresh process, beyond torch's import: {first}",
+    ]
+    lines += [f"{name} is missing: {why}" for name, why in result["missing"].items()]
+    return lines + (["quick: small sizes and few repeats, no figures to quote"] if result["quick"] else [])
+
+
+def _floor(result: Result) -> str:
+    if "peak_tflops" in result:
+        return f"a large bf16 matrix product reaches {result['peak_tflops']['matmul']:.0f} TFLOP/s"
+    measured, stated = result["peak_gflops"]["measured"], result["peak_gflops"]["stated"]
+    if measured is None:
+        return f"FMA peak: {stated:.0f} GFLOP/s as stated (no C compiler to measure it)"
+    return f"FMA peak: {measured:.0f} GFLOP/s, measured in registers; the whole diagonal block counts as work"
+
+
+def show(result: Result) -> None:
+    """The result on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    head, rows = table(result)
+    shown = Table(title=result["suite"])
+    for name in head:
+        shown.add_column(name, justify="right")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    console.print(shown)
+    for fact in facts(result):
+        console.print(fact, soft_wrap=True)
+
+
+def write(result: Result, path: Path) -> None:
+    """The result as a JSON file."""
+    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def markdown(result: Result) -> str:
+    """The result for the README."""
+    head, rows = table(result)
+    lines = [head, ("---:",) * len(head), *rows]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return text + "\n\n" + "\n".join(f"- {fact}" for fact in facts(result)) + "\n"
+
+
+def filled(text: str, directory: Path) -> str:
+    """`text` with what stands between `<!-- bench: NAME -->` and `<!-- end -->` made anew from NAME.json."""
+
+    def fill(found: re.Match[str]) -> str:
+        result = json.loads((directory / f"{found[2]}.json").read_text(encoding="utf-8"))
+        return f"{found[1]}{markdown(result)}{found[3]}"
+
+    return _MARKS.sub(fill, text)
+
+
+def main() -> None:
+    """Write the README's tables: `python -m spgen.bench.report`, in the repository."""
+    readme = Path("README.md")
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), Path("docs/bench")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""spgen inside other libraries; each module imports its library on first use."""
