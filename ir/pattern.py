@@ -75,7 +75,7 @@ def _check_where(op: Op) -> SpgenError | None:
 def _check_block(op: Op) -> SpgenError | None:
     return (
         _at_least(op, rows=1, cols=1)
-        or _one_of(op, "mask", "indices", "density", remedy="pass mask=, indices= (and indptr=), or density= and scores=")
+        or _one_of(op, "mask", "indices", "density", remedy="pass mask=, indices=, or density= with scores=")
         or _slot(op, "mask", MASKS, 2, 3, 4)
         or _slot(op, "indices", INTEGERS, *((1, 2, 3) if op["indptr"] is not None else (2, 3, 4)))
         or _slot(op, "indptr", INTEGERS, 1, 2, 3)

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spgen.attend import attention as attention
     from spgen.compile import compile_count as compile_count
     from spgen.errors import CacheError as CacheError
     from spgen.errors import CacheWarning as CacheWarning
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from spgen.errors import ToolchainError as ToolchainError
     from spgen.errors import UnsupportedError as UnsupportedError
     from spgen.errors import VerifyError as VerifyError
-    from spgen.attend import attention as attention
     from spgen.patterns import Pattern as Pattern
     from spgen.patterns import block as block
     from spgen.patterns import causal as causal
