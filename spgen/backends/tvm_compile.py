@@ -67,7 +67,7 @@ def _machine_code(tvm: Any, function: Any, target: Target) -> Any:
     pipeline = [
         passes.BindTarget(machine.with_host(machine)),
         passes.FlattenBuffer(),
-        #passes.StmtSimplify(),
+        passes.StmtSimplify(),
         passes.AnnotateEntryFunc(),
         passes.SplitHostDevice(),
         passes.MakePackedAPI(),
