@@ -15,6 +15,8 @@ from torch import Tensor
 
 from spgen.data import check_data
 from spgen.errors import DtypeError, PatternError, PlanError, UnsupportedError
+from spgen.ops import attention as operator
+from spgen.ops import is_plain
 from spgen.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -122,7 +124,8 @@ class Attention:
                 kv_heads=k.shape[1], batch=q.shape[0],
             )  # fmt: skip
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-        out, lse = torch.ops.spgen.attention(
+        call = operator if is_plain(q, k, v) else torch.ops.spgen.attention
+        out, lse = call(
             q, k, v, self._data, [] if plan is None else list(plan.tables), self._text, cu_seqlens_q, cu_seqlens_k,
             offsets, start, kv_lengths, sink_logits, bias, self.scale, self.softcap, return_lse,
         )  # fmt: skip
@@ -175,9 +178,6 @@ def attention(
     `scale` multiplies the scores (default 1/sqrt(D)). Nothing is compiled yet. Raises DtypeError when `pattern` is no
     pattern, PatternError for a scale that is no finite number.
     """
-    import spgen.ops  # registers the PyTorch operators
-
-    del spgen
     if not isinstance(pattern, Pattern):
         raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.causal()")
     if scale is not None and not math.isfinite(scale):

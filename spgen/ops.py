@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -54,7 +54,7 @@ class _Ready:
 _ready: dict[tuple[Any, ...], _Ready] = {}
 
 
-def _attention(
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -72,19 +72,21 @@ def _attention(
     softcap: float | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    offset: Offset = q_offset if q_start is None else q_start
-    key = (
-        pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
-        offset.__class__, kv_lengths is None,
-    )  # fmt: skip
-    ready = _ready.get(key)
-    if ready is None:
+    """The operator's kernel on CPUs and GPUs; arguments are those of the schema."""
+    if not (cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None):
         _refuse(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sink_logits=sink_logits, bias=bias, softcap=softcap
         )
+    offset: Offset = q_offset if q_start is None else q_start
+    key = (
+        pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
+        offset.__class__, kv_lengths is None, *((t.shape, t.device) for t in data),
+    )  # fmt: skip
+    ready = _ready.get(key)
+    if ready is None:
         ready = _ready[key] = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
     out = _like(q, v.shape[3])
-    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=torch.float32)
+    lse = torch.empty(q.shape[:3] if return_lse else 0, dtype=torch.float32, device=q.device)
     if out.numel() == 0 or k.shape[2] == 0 or not ready.complete:
         out.zero_()
         lse.fill_(-math.inf)
@@ -99,11 +101,30 @@ def _attention(
 
 
 def _like(q: Tensor, value_dim: int) -> Tensor:
-    """An uninitialised result in q's layout: heads inside rows when q is a transposed view of [B, L, H, D]."""
+    """An uninitialised result whose axes lie in memory as q's do, the innermost contiguous."""
+    if q.shape[3] == value_dim:
+        out = torch.empty_like(q)
+        if out.stride(3) == 1:
+            return out
     batch, heads, rows, _ = q.shape
-    if q.stride(1) < q.stride(2) and rows > 1:
+    if q.stride(1) < q.stride(2):
         return q.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
     return q.new_empty((batch, heads, rows, value_dim))
+
+
+def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether nothing stands between a call and its kernel: no tracing, transform, autocast or gradient.
+
+    The dispatcher takes 20 us to find that out, more than a small kernel runs.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+        and not torch.is_autocast_enabled(q.device.type)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def _refuse(**options: Any) -> None:
@@ -129,12 +150,13 @@ def _prepare(
 def _request(
     q: Tensor, k: Tensor, value_dim: int, pattern: str, offset: Offset, kv_lengths: Tensor | None, return_lse: bool
 ) -> Request:
+    """What a kernel is specialised for; while tracing, int() fixes the heads and head sizes of the graph."""
     mode = "default" if offset is None else "tensor" if isinstance(offset, Tensor) else "scalar"
-    call = Call(_DTYPES[q.dtype], q.shape[3], value_dim, mode, kv_lengths is not None, return_lse)
-    request = Request(pattern, call, q.shape[1], k.shape[1], False, Target.of(q.device))
-    block_m = lowered(request).kernel["block_m"]
-    packed = is_packed(pattern, q.shape[1], k.shape[1], q.shape[2], block_m)
-    return Request(pattern, call, q.shape[1], k.shape[1], packed, request.target)
+    call = Call(_DTYPES[q.dtype], int(q.shape[3]), int(value_dim), mode, kv_lengths is not None, return_lse)
+    heads = int(q.shape[1]), int(k.shape[1])
+    request = Request(pattern, call, *heads, False, Target.of(q.device))
+    packed = is_packed(pattern, *heads, q.shape[2], lowered(request).kernel["block_m"])
+    return replace(request, packed=packed)
 
 
 def _tables(
@@ -235,12 +257,21 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> Any:
     )
 
 
+def _autocast_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
+    """As scaled_dot_product_attention: under autocast it runs in the low-precision type."""
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        return torch.ops.spgen.attention(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
+
+
 _library = torch.library.Library("spgen", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(_PLAN_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 for _key in ("CPU", "CUDA"):
-    _library.impl("attention", _attention, _key)
+    _library.impl("attention", attention, _key)
     _library.impl("plan", _plan, _key)
+    _library.impl("attention", _autocast_attention, f"Autocast{_key}")
 torch.library.register_fake("spgen::attention", _fake_attention, lib=_library)
 torch.library.register_fake("spgen::plan", _fake_plan, lib=_library)
 torch.library.register_autograd("spgen::attention", _no_gradient, lib=_library)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import spgen as sp
+import spgen.ops
 from spgen import reference
 from spgen.errors import (
     DataError,
@@ -33,8 +34,6 @@ def tensors(q_len: int = 40, kv_len: int = 40, heads: int = 4, kv_heads: int = 2
 
 
 def op_arguments(pattern: sp.Pattern, return_lse: bool = True) -> tuple[object, ...]:
-    import spgen.ops  # noqa: F401
-
     rest = (None, None, None, None, None, None, None, None, None, return_lse)
     return (*tensors(), list(pattern.data), [], repr(pattern), *rest)
 
