@@ -36,8 +36,8 @@ _TABLES = {
     },
     # The same as bits, one per unit.
     "bits": {"mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int"},
-    # Diagonal offsets as bits (bit r - j + kv_len + margin, for rows up to `margin` outside the call), and the tiles of `block_n` columns that they touch, counted from
-    # the end of the row tile.
+    # Diagonal offsets as bits (bit r - j + kv_len + margin, for rows up to `margin` outside the call), and the tiles
+    # of `block_n` columns that they touch, counted from the end of the row tile.
     "diagonal_bits": {"offsets": "slot", "margin": "int"},
     "diagonal_tiles": {"offsets": "slot", "row_tile": "int", "block_n": "int"},
     # One bit per rows x cols tile that holds a pair of `predicate`.

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spgen.ir.expr import Expr, const, maximum, minimum, var
+from spgen.ir.expr import TRUE, Expr, const, maximum, minimum, select, var
 from spgen.ir.node import Op
 from spgen.passes.normalize import leaf_of
+from spgen.passes.ownership import is_condition
 from spgen.target import Target
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -56,13 +57,16 @@ class Cost:
 
 def keys_of_row(term: Op) -> Expr | None:
     """How many keys row `i` wants of a term of half-lines, as an expression in i and kv_len; None for other terms."""
-    lows, highs = [const(0)], [var("kv_len")]
+    lows, highs, when = [const(0)], [var("kv_len")], TRUE
     for literal in term.operands:
         leaf, positive, body = leaf_of(literal)
+        if is_condition(literal):
+            when = when & (leaf["predicate"] if positive else ~leaf["predicate"])
+            continue
         if leaf.kind != "before" or body.kind == "permuted":
             return None
         (highs if positive else lows).append(leaf["bound"])
-    return maximum(minimum(*highs) - maximum(*lows), 0)
+    return select(when, maximum(minimum(*highs) - maximum(*lows), 0), 0)
 
 
 def estimate(

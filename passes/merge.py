@@ -1,8 +1,8 @@
 """merge: terms that another contains are dropped, and runs that touch or overlap become one.
 
-    union(term(before(4)), term(before(8)))                                     ->  union(term(before(8)))
-    union(term(~before(i - 3), before(i)), term(~before(i), before(i + 4)))
-        ->  union(term(~before(i - 3), before(i + 4)))
+union(term(before(4)), term(before(8)))                                     ->  union(term(before(8)))
+union(term(~before(i - 3), before(i)), term(~before(i), before(i + 4)))
+    ->  union(term(~before(i - 3), before(i + 4)))
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +13,12 @@ from spgen.attend import Attention
 from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
 from spgen.data import check_shapes
 from spgen.ir.expr import Expr
-from spgen.ir.kernel import option, parts
+from spgen.ir.kernel import parts
 from spgen.ir.node import Op
 from spgen.ir.pattern import read_short, slots
 from spgen.ir.tiles import segments, table_ops
 from spgen.ops import _request
-from spgen.passes.cost import Cost, Counts, estimate
+from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern
 from spgen.reference import mask
@@ -93,7 +93,8 @@ def _how(segment: Op) -> str:
 def _cost_lines(cost: Cost) -> list[str]:
     useful = cost.needed_pairs / cost.visited_pairs if cost.visited_pairs else 1.0
     return [
-        f"work       {cost.flops / 1e9:,.2f} GFLOP needed, {cost.visited_flops / 1e9:,.2f} computed ({useful:.0%} useful)",
+        f"work       {cost.flops / 1e9:,.2f} GFLOP needed, {cost.visited_flops / 1e9:,.2f} computed "
+        f"({useful:.0%} useful)",
         f"bytes      {cost.bytes / 1e6:,.1f} MB, of it {cost.plan_bytes / 1e6:,.2f} MB of tables; workspace 0",
         f"predicted  {cost.seconds * 1e3:,.3f} ms, limited by {cost.bound}",
     ]
@@ -132,8 +133,12 @@ def _explained(
     )
     tables = builder.build(levels.program)
     counts = tuple(count_tiles(levels, builder))
-    density, sampled = measure_density(pattern, shape, offset, kv_lengths)
-    needed = round(density * shape[0] * shape[1] * shape[3] * shape[4])
+    total = shape[0] * shape[1] * shape[3] * shape[4]
+    needed, sampled = count_pairs(levels.terms, builder), False
+    if needed is None:
+        measured, sampled = measure_density(pattern, shape, offset, kv_lengths)
+        needed = round(measured * total)
+    density = needed / total if total else 0.0
     cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
     return Explanation(request.pattern, request.target, levels, shape, counts, cost, density, sampled)
 
@@ -167,6 +172,22 @@ def _count(segment: Op, block_n: int, value: Any) -> Counts:
     full = torch.div(last - first, block_n, rounding_mode="floor")
     masked = tiles(first - start) + tiles(stop - first - full * block_n)
     return Counts(segment["name"], int(full.sum()), int(masked.sum()), segment["contiguous"])
+
+
+def count_pairs(terms: Op, builder: Builder) -> int | None:
+    """The pairs of disjoint terms, counted row by row from their symbolic counts; None if a term has none."""
+    counts = [keys_of_row(term) for term in terms.operands]
+    if None in counts:
+        return None
+    row = builder.arange(builder.q_len).reshape(1, 1, -1)
+    env = builder.variables("q", 1)
+    env["i"] = row + env["q_offset"]
+    whole = (builder.batch, builder.q_heads, builder.q_len)
+    total = 0
+    for count in counts:
+        keys = torch.as_tensor(builder.evaluate(count, env, "q", 1))  # type: ignore[arg-type]
+        total += int(keys.to(torch.int64).expand(whole).sum())
+    return total
 
 
 def measure_density(
@@ -256,15 +277,3 @@ def levels_of(levels: Lowered) -> Mapping[str, str]:
         "level 2: tiles": str(levels.program),
         "level 3: kernel": str(levels.kernel),
     }
-
-
-__all__ = [
-    "Explanation",
-    "Sequence",
-    "count_tiles",
-    "explain",
-    "explain_text",
-    "levels_of",
-    "measure_density",
-    "option",
-]

@@ -86,7 +86,10 @@ class Builder:
     def evaluate(self, node: Expr, variables: Mapping[str, Value], heads: str, axes: int) -> Any:
         """`node` over tensors [batch, heads, ...] with `axes` axes behind the head's."""
         reader = _Reader(self, heads, axes)
-        operations = {**_OPERATIONS, "load": reader.load, "bit": reader.bit, "count_le": reader.count_le}
+        operations = {
+            **_OPERATIONS, "heads": reader.heads_of, "load": reader.load, "bit": reader.bit,
+            "count_le": reader.count_le,
+        }  # fmt: skip
         return evaluate(node, variables, operations)
 
 
@@ -95,6 +98,12 @@ class _Reader:
 
     def __init__(self, builder: Builder, heads: str, axes: int) -> None:
         self.builder, self.heads, self.axes = builder, heads, axes
+
+    def heads_of(self, *values: int) -> Tensor:
+        """Per-head constants along the head axis."""
+        per_head = _constant_table(values, self.builder.device).reshape(1, -1, *(1,) * self.axes)
+        repeat = self.builder.q_heads // len(values) if self.heads == "q" else 1
+        return per_head.repeat_interleave(repeat, 1)
 
     def table(self, name: str) -> Tensor:
         """The table with its head axis at the granularity of the result."""

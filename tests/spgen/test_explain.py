@@ -1,0 +1,75 @@
+"""Explanations: counted pairs and tiles are those of the oracle and of the kernel; the text says what matters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spgen as sp
+from spgen.explain import count_pairs, explain_text
+from spgen.patterns import Pattern
+from tests.lowering import lowered_builder
+
+CLOSED = [
+    sp.dense(),
+    sp.causal() & (sp.sink(7) | sp.window(20)),
+    sp.window(5, right=3) - sp.sink(9),
+    sp.documents(torch.tensor([0, 5, 5, 30, 50])),
+    sp.per_head([sp.causal() & sp.window(5), sp.causal() & sp.window(9), sp.dense(), sp.sink(3)]),
+    sp.per_head([sp.window(5), sp.causal()]),
+]
+
+
+@pytest.mark.parametrize("pattern", CLOSED, ids=repr)
+@pytest.mark.parametrize(("q_len", "kv_len"), [(60, 60), (13, 60), (60, 13)])
+def test_pairs_of_closed_forms_are_counted_exactly(pattern: Pattern, q_len: int, kv_len: int) -> None:
+    levels, builder = lowered_builder(pattern, q_len, kv_len, q_heads=4, kv_heads=2)
+    assert count_pairs(levels.terms, builder) == pattern.mask(q_len, kv_len, q_heads=4, kv_heads=2).sum()
+
+
+def test_other_pairs_have_no_symbolic_count() -> None:
+    levels, builder = lowered_builder(sp.stripe(3), 20, 20)
+    assert count_pairs(levels.terms, builder) is None
+
+
+def text_of(pattern: str, **options: object) -> str:
+    call = {
+        "q_shape": (1, 8, 4096, 64), "kv_heads": 8, "kv_len": 4096, "v_dim": 64, "dtype": "bfloat16",
+        "target": "sm_90", "ir": False, "source": False,
+    }  # fmt: skip
+    return explain_text(pattern, **{**call, **options})  # type: ignore[arg-type]
+
+
+def test_text() -> None:
+    text = text_of("causal() & (sink(64) | window(1024))")
+    for part in ("pattern    causal()", "density    2", "segments   s0 range", "GFLOP needed", "predicted", "kernel"):
+        assert part in text
+
+
+def test_data_leave_counts_open() -> None:
+    text = text_of("causal() & block(128, mask=$0: bool[8, R, C])")
+    assert "depends on the data" in text
+    assert "units_0, splits_s0" in text
+
+
+def test_all_levels_are_shown() -> None:
+    text = text_of("causal()", ir=True)
+    for operation in ("pattern.causal", "pattern.union", "tiles.segment", "kernel.attention"):
+        assert operation in text
+
+
+def test_short_calls_are_packed() -> None:
+    assert "4 heads of a group share a row tile" in text_of("causal()", q_shape=(1, 8, 4, 64), kv_heads=2)
+
+
+@pytest.mark.parametrize("length", [40, 3000])
+def test_explaining_a_call(length: int) -> None:
+    pytest.importorskip("tvm", reason="the CPU backend needs apache-tvm")
+    q, k, v = (torch.randn(1, 2, length, 16) for _ in range(3))
+    pattern = sp.causal() & (sp.window(4) | sp.columns(torch.tensor([1, 5, 7])))
+    report = sp.attention(pattern).explain(q, k, v)
+    assert report.cost is not None
+    assert report.cost.needed_pairs <= report.cost.visited_pairs
+    exact = float(pattern.mask(length, length).double().mean())
+    assert report.density == pytest.approx(exact, rel=0.05)
+    assert report.sampled == (length > 2896)
