@@ -251,8 +251,8 @@ class _Tiler:
 def _stripe_predicate(leaf: Op, at: _Place) -> Expr:
     unit = at.column // leaf["cols"]
     x = at.position // leaf["cols"] - unit if leaf["relative"] else unit
-    phase: Expr = (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"]
-    return phase < leaf["width"]
+    inside: Expr = (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"] < leaf["width"]
+    return inside
 
 
 class _Segment:

@@ -52,7 +52,7 @@ class Builder:
 
     def slot(self, slot: Any, core: int) -> Tensor:
         """The tensor of `slot` as [batch or 1, heads, ...] with `core` axes behind the head's."""
-        tensor = self.data[slot.index]
+        tensor: Tensor = self.data[slot.index]
         return tensor[(None,) * (core + 2 - tensor.dim())]
 
     def arange(self, count: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -86,7 +86,7 @@ class Builder:
     def evaluate(self, node: Expr, variables: Mapping[str, Value], heads: str, axes: int) -> Any:
         """`node` over tensors [batch, heads, ...] with `axes` axes behind the head's."""
         reader = _Reader(self, heads, axes)
-        operations = {
+        operations: dict[str, Callable[..., Any]] = {
             **_OPERATIONS, "heads": reader.heads_of, "load": reader.load, "bit": reader.bit,
             "count_le": reader.count_le,
         }  # fmt: skip
@@ -222,7 +222,7 @@ def _constant_table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _documents(builder: Builder, op: Op) -> Tensor:
     """Entry 0 is for positions before the first document, the last one for positions behind the last."""
-    cu = builder.data[op["cu_seqlens"].index].reshape(-1).to(torch.int32)
+    cu: Tensor = builder.data[op["cu_seqlens"].index].reshape(-1).to(torch.int32)
     part = op["part"]
     if part == "starts":
         return cu.reshape(1, 1, 1, -1)
@@ -423,7 +423,7 @@ def _splits(builder: Builder, op: Op) -> Tensor:
         enough = (last - first) * unit >= op["block_n"]
         first, last = torch.where(enough, first, start), torch.where(enough, last, start)
     parts = torch.broadcast_tensors(start, first, last, stop)
-    found = torch.stack(parts, -1) * unit
+    found: Tensor = torch.stack(parts, -1) * unit
     batch, width = found.shape[:2]
     return found.expand(batch, width, tiles, 4)
 
