@@ -207,12 +207,13 @@ class AttentionKernel:
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
         """The same kernel through Triton's own front end."""
-        grid = self._grid(q, k)
+        grid, warps, stages = self._grid(q, k), option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
         if not grid:
             return
         sizes = [*_table_sizes(tables), *_lengths(q, k), *_strides(q, k, v, out)]
+        constants = constants_of(self.kernel, Variant(negative=scale < 0), stages)
         named: dict[str, Any] = {
-            **dict(zip(self._fixed, sizes, strict=True)), **constants_of(self.kernel, Variant(negative=scale < 0)),
+            **dict(zip(self._fixed, sizes, strict=True)), **constants,
             **{f"{op['name']}_table": table for op, table in zip(self.tables, tables, strict=True)},
             "q": q, "k": k, "v": v, "out": out, "lse": lse, "k_blocks": None, "v_blocks": None,
             "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or _SMALLEST_SCALE,
@@ -223,7 +224,6 @@ class AttentionKernel:
         if triton_interpreted():
             self._module.attention[grid,](**values)
         else:
-            warps, stages = option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
             with torch.cuda.device(q.device):
                 self._module.attention[grid,](**values, num_warps=warps, num_stages=stages)
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,48 +107,59 @@ def binary(kernel: Op, source: Path, variant: Variant, target: Target) -> Binary
 
 def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) -> Any:
     """Triton's compiled kernel, made ahead of time: no device is needed. Raises CompileError if it does not fit."""
+    from triton.runtime.errors import PTXASError
+
+    stages, registers = option(kernel, "stages", 2), option(kernel, "registers", 0)
+    # ptxas crashes on a few programs, which other stages turn into programs that it takes
+    for choice in ((stages, registers), (stages + 1, 0), (1, 0)):
+        with suppress(PTXASError), redirect_stdout(StringIO()):  # Triton prints the whole program
+            built = _compile(kernel, source, variant, target, *choice)
+            if built.metadata.shared <= target.smem_bytes:
+                return built
+            if choice[0] <= stages:
+                raise CompileError(
+                    f"tile {kernel['block_m']} x {kernel['block_n']}",
+                    given=f"{built.metadata.shared} bytes of shared memory",
+                    allowed=f"at most {target.smem_bytes} on {target.arch}",
+                    remedy="choose smaller tiles or fewer stages",
+                )
+    raise CompileError(
+        f"{source}", given="a program that ptxas crashes on", remedy="choose another schedule, and report this pattern"
+    )
+
+
+def _compile(kernel: Op, source: Path, variant: Variant, target: Target, stages: int, registers: int) -> Any:
+    """One attempt; `registers` of 0 leaves their number to the compiler."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = load_source(source).attention
-    signature, constants, attributes = _signature(kernel, variant)
+    signature, constants, divisors = _signature(kernel, variant, stages)
+    options = {"num_warps": option(kernel, "warps", 4), "num_stages": stages}
     if target.kind == "cuda":
         device = GPUTarget("cuda", int(target.arch.removeprefix("sm_")), 32)
+        options |= {"maxnreg": registers} if registers else {}
     else:
         device = GPUTarget("hip", target.arch, target.simd)
-    built = triton.compile(
-        ASTSource(function, signature, constants, attributes),
-        target=device,
-        options=_options(kernel),
-    )
-    if built.metadata.shared > target.smem_bytes:
-        raise CompileError(
-            f"tile {kernel['block_m']} x {kernel['block_n']}",
-            given=f"{built.metadata.shared} bytes of shared memory",
-            allowed=f"at most {target.smem_bytes} on {target.arch}",
-            remedy="choose smaller tiles or fewer stages",
-        )
-    return built
+    compiled = ASTSource(load_source(source).attention, signature, constants, divisors)
+    return triton.compile(compiled, target=device, options=options)
 
 
-def _options(kernel: Op) -> dict[str, int]:
-    """Triton's own options: of the schedule's, those that say how a program runs."""
-    chosen = {"num_warps": option(kernel, "warps", 4), "num_stages": option(kernel, "stages", 2)}
-    registers = option(kernel, "registers", 0)
-    return {**chosen, "maxnreg": registers} if registers else chosen
-
-
-def constants_of(kernel: Op, variant: Variant) -> dict[str, Any]:
+def constants_of(kernel: Op, variant: Variant, stages: int) -> dict[str, Any]:
     """The compile-time arguments of the rendered kernel."""
-    stages = option(kernel, "stages", 2)
-    masked_stages = option(kernel, "masked_stages", stages)
-    return {"TMA": variant.tma, "NEGATIVE": variant.negative, "STAGES": stages, "MASKED_STAGES": masked_stages}
+    return {
+        "TMA": variant.tma,
+        "NEGATIVE": variant.negative,
+        "STAGES": stages,
+        "MASKED_STAGES": option(kernel, "masked_stages", stages),
+    }
 
 
-def _signature(kernel: Op, variant: Variant) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+def _signature(
+    kernel: Op, variant: Variant, stages: int
+) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
     """Types, constants and known divisors of the kernel's arguments, as triton.compile takes them."""
-    choices = constants_of(kernel, variant)
+    choices = constants_of(kernel, variant, stages)
     types: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     divisors: dict[tuple[int], Any] = {}

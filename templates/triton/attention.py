@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spgen.errors import UnsupportedError
-from spgen.ir.expr import TRUE, Expr, Range, free_variables, tables, walk
+from spgen.ir.expr import TRUE, Expr, Range, free_variables, tables, value_range, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.triton.expressions import COLUMN, ROW, Printed, print_expression
@@ -95,7 +95,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
 def symbols(kernel: Op) -> dict[str, Any]:
     """Every symbol of attention.py.jinja; its head comment says what they are."""
     check(kernel)
-    names, rows = _names(kernel), _row_vectors(kernel)
+    printing = _Printing(_names(kernel), _ranges(kernel), _row_vectors(kernel))
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
@@ -111,13 +111,13 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "q_offset": kernel["q_offset"],
         "kv_lengths": kernel["kv_lengths"],
         "lse": kernel["lse"],
-        "row": _print(kernel["row"], names, "row"),
+        "row": printing.optional(kernel["row"], "row"),
         "tables": [{"name": f"{op['name']}_table", "head": _HEADS[op["heads"]]} for op in parts(kernel, "table")],
         "lets": [
-            {"name": names[op["name"]], "value": _print(op["value"], names, names[op["name"]])}
+            {"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])}
             for op in parts(kernel, "let")
         ],
-        "segments": [_segment(op, names, rows, option(kernel, "prefetch", 0)) for op in parts(kernel, "segment")],
+        "segments": [_segment(kernel, op, printing) for op in parts(kernel, "segment")],
         "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
     }
 
@@ -171,32 +171,61 @@ def _row_vectors(kernel: Op) -> set[str]:
     return vectors
 
 
-def _segment(op: Op, names: Mapping[str, str], rows: set[str], prefetch: int) -> Segment:
+def _ranges(kernel: Op) -> dict[str, Range]:
+    """Intervals of all variables, lets included."""
+    ranges = dict(_RANGES)
+    for op in parts(kernel, "let"):
+        ranges[op["name"]] = value_range(op["value"], ranges)
+    return ranges
+
+
+@dataclass(frozen=True)
+class _Printing:
+    """How the expressions of one kernel are printed: names, intervals, and which variables are vectors over rows."""
+
+    names: Mapping[str, str]
+    ranges: Mapping[str, Range]
+    rows: set[str]
+
+    def text(self, value: Expr, temporary: str, **names: str) -> Printed:
+        """The source of `value`, some variables under other names."""
+        return print_expression(value, {**self.names, **names}, self.ranges, temporary)
+
+    def optional(self, value: Expr | None, temporary: str) -> Printed | None:
+        """The source of what may be absent."""
+        return None if value is None else self.text(value, temporary)
+
+    def mask(self, value: Expr) -> Printed:
+        """The source of a mask, over rows and columns."""
+        rows = {name: self.names[name] + ROW for name in self.rows}
+        return self.text(value, "mask", **rows, **{name: name + COLUMN for name in COLUMN_VARIABLES})
+
+
+def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
     """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
-    contiguous = op["contiguous"]
-    first = {**names, "p": "p0"} if contiguous else names
-    both = {**names, **{x: names[x] + ROW for x in rows}, **{x: names[x] + COLUMN for x in COLUMN_VARIABLES}}
-
-    ahead = prefetch == 1 and contiguous and op["full_start"] is not None and bool(tables(op["column"]))
-
-    def text(attribute: str, names: Mapping[str, str]) -> Any:
-        return _print(op[attribute], names, attribute)
-
+    contiguous, column = op["contiguous"], op["column"]
+    has_full = op["full_start"] is not None and not _never_full(op, kernel["block_n"], printing.ranges)
+    ahead = has_full and contiguous and option(kernel, "prefetch", 0) == 1 and bool(tables(column))
     return Segment(
         name=op["name"],
         contiguous=contiguous,
         direct=contiguous and op["key"] is None,
-        start=text("start", names),
-        full_start=text("full_start", names),
-        full_stop=text("full_stop", names),
-        stop=text("stop", names),
-        column=text("column", first),
-        first_column=text("column", {**names, "p": "full_start"}) if ahead else None,
-        next_column=text("column", {**names, "p": "p_next"}) if ahead else None,
-        key=text("key", names),
-        mask=None if op["mask"] is TRUE else text("mask", both),
+        start=printing.text(op["start"], "start"),
+        full_start=printing.text(op["full_start"], "full_start") if has_full else None,
+        full_stop=printing.text(op["full_stop"], "full_stop") if has_full else None,
+        stop=printing.text(op["stop"], "stop"),
+        column=printing.text(column, "column", **({"p": "p0"} if contiguous else {})),
+        first_column=printing.text(column, "column", p="full_start") if ahead else None,
+        next_column=printing.text(column, "column", p="p_next") if ahead else None,
+        key=printing.optional(op["key"], "key"),
+        mask=None if op["mask"] in (None, TRUE) else printing.mask(op["mask"]),
     )
 
 
-def _print(value: Expr | None, names: Mapping[str, str], temporary: str) -> Printed | None:
-    return None if value is None else print_expression(value, names, _RANGES, temporary)
+def _never_full(op: Op, block_n: int, ranges: Mapping[str, Range]) -> bool:
+    """Whether the full run is shorter than a tile in every call: its loop would only cost registers.
+
+    It is more than that: ptxas (12.8, 12.9) crashes on some pipelined loops that LLVM knows to be empty.
+    """
+    longest = value_range(op["full_stop"] - op["full_start"], ranges)[1]
+    return longest is not None and longest < block_n
