@@ -92,6 +92,7 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
         key_rows=key_rows(kernel, isa),
         value_rows=value_rows(kernel, isa),
         strided=strided,
+        prefetch_rows=not strided and kernel["row"] is None and kernel["pack"] == 1,
         tables=code.tables,
         scalars=code.scalars,
         rows=code.rows,
@@ -99,7 +100,7 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
         kept=list(kept.values()),
         keeps_column=any(segment.reads.column for segment in segments),
         segments=segments,
-        helpers=render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef),
+        helpers=render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86),
     )
 
 

@@ -19,7 +19,8 @@ MAX_BLOCK = 96  # lanes or columns of a tile: what a worker keeps of each lies i
 
 @dataclass(frozen=True)
 class Isa:
-    """`lanes` fp32 values fill a vector register, of which there are `registers`; `scalef` is AVX-512's 2^n scaling.
+    """`lanes` fp32 values fill a vector register, of which there are `registers`; `scalef` is AVX-512's scaling by 2^n, `x86`
+    the family of processors.
 
     A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
     """
@@ -27,6 +28,7 @@ class Isa:
     lanes: int
     registers: int
     block_m: int
+    x86: bool = False
     scalef: bool = False
 
     def tile_rows(self, vectors: int) -> int:
@@ -36,10 +38,10 @@ class Isa:
 
 
 _ISAS = {
-    "avx512": Isa(lanes=16, registers=32, block_m=64, scalef=True),
-    "avx2": Isa(lanes=8, registers=16, block_m=32),
+    "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True),
+    "avx2": Isa(lanes=8, registers=16, block_m=32, x86=True),
     "neon": Isa(lanes=4, registers=32, block_m=16),
-    "sse2": Isa(lanes=4, registers=16, block_m=8),
+    "sse2": Isa(lanes=4, registers=16, block_m=8, x86=True),
     "none": Isa(lanes=4, registers=16, block_m=8),
 }
 
@@ -68,20 +70,22 @@ def check(kernel: Op, target: Target) -> None:
 
 
 def key_rows(kernel: Op, isa: Isa) -> int:
-    """Keys of the register tile of K Q."""
-    return _rows(kernel, isa, "key_rows", kernel["block_n"])
+    """Keys of the register tile of K Q: a divisor of the block, so that no row is computed for nothing."""
+    most = isa.tile_rows(kernel["block_m"] // isa.lanes)
+    return option(kernel, "key_rows", _divisor(kernel["block_n"], most))
 
 
 def value_rows(kernel: Op, isa: Isa) -> int:
-    """Dimensions of the register tile of V P."""
-    return _rows(kernel, isa, "value_rows", kernel["value_dim"])
-
-
-def _rows(kernel: Op, isa: Isa, name: str, size: int) -> int:
-    """What the schedule says, else what the registers hold: a divisor of `size`, unless that wastes too many."""
+    """Dimensions of the register tile of V P: for wide heads as many as fit, since each pass reads the tile of V."""
     most = isa.tile_rows(kernel["block_m"] // isa.lanes)
+    size = kernel["value_dim"]
+    return option(kernel, "value_rows", most if size >= 96 else _divisor(size, most))
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest divisor of `size` up to `most`, unless it leaves more than a third of the registers unused."""
     divisor = max(rows for rows in range(1, most + 1) if size % rows == 0)
-    return option(kernel, name, divisor if 3 * divisor >= 2 * most else most)
+    return divisor if 3 * divisor >= 2 * most else most
 
 
 def scratch_size(kernel: Op, target: Target) -> int:
