@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -232,8 +233,11 @@ def _table_sizes(tables: Sequence[Tensor]) -> list[int]:
     """Strides of the outer axes, 0 where there is one element; rows and columns."""
     values: list[int] = []
     for table in tables:
-        values += (stride if size > 1 else 0 for size, stride in zip(table.shape[:3], table.stride(), strict=False))
-        values += table.shape[2:]
+        batch, heads, rows, columns = table.shape
+        step_b, step_h, step_r, _ = table.stride()
+        values += (
+            step_b if batch > 1 else 0, step_h if heads > 1 else 0, step_r if rows > 1 else 0, rows, columns
+        )  # fmt: skip
     return values
 
 
@@ -246,17 +250,20 @@ def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
     """Of all axes, but the last of `out`; 0, or 1 for the last axis, where there is one element."""
     values: list[int] = []
     for tensor in (q, k, v, out):
-        values += (stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        values[-1] = values[-1] or 1
+        batch, heads, rows, channels = tensor.shape
+        step_b, step_h, step_n, step_d = tensor.stride()
+        values += (
+            step_b if batch > 1 else 0, step_h if heads > 1 else 0, step_n if rows > 1 else 0,
+            step_d if channels > 1 else 1,
+        )  # fmt: skip
     return values[:-1]
 
 
 def _is_aligned(strides: list[int], item: int) -> bool:
     """Whether last strides are 1 and all others multiples of 16 bytes."""
-    last = strides[3], strides[7], strides[11]
-    return last == (1, 1, 1) and not any(
-        stride * item % _VECTOR for at, stride in enumerate(strides) if at not in (3, 7, 11)
-    )
+    steps = list(strides)
+    last = steps.pop(11), steps.pop(7), steps.pop(3)
+    return last == (1, 1, 1) and gcd(*steps) * item % _VECTOR == 0
 
 
 def _index_type(value: int | Tensor | None) -> str:

@@ -19,8 +19,10 @@ from types import ModuleType
 from typing import Any
 
 from spgen import cache
+from spgen.backends.triton_launch import Box
 from spgen.errors import CompileError, ToolchainError
-from spgen.ir.kernel import option
+from spgen.ir.expr import tables
+from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
 from spgen.settings import settings
 from spgen.target import Target
@@ -56,7 +58,7 @@ class Binary:
     threads: int
     shared: int
     scratch: int  # pointers that the binary takes after the kernel's own arguments
-    boxes: tuple[dict[str, Any], ...]
+    boxes: tuple[Box, ...]
 
 
 def source_path(kernel: Op) -> Path:
@@ -102,14 +104,15 @@ def binary(kernel: Op, source: Path, variant: Variant, target: Target) -> Binary
 
     entry = directory.get_or_build(key, write, meta={"kind": "triton", **fields})
     notes = json.loads((entry / _NOTES).read_text(encoding="utf-8"))
-    return Binary(code=(entry / _BINARY).read_bytes(), **{**notes, "boxes": tuple(notes["boxes"])})
+    notes["boxes"] = tuple(Box(box["block"], box["swizzle"]) for box in notes["boxes"])
+    return Binary(code=(entry / _BINARY).read_bytes(), **notes)
 
 
 def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) -> Any:
     """Triton's compiled kernel, made ahead of time: no device is needed. Raises CompileError if it does not fit."""
     from triton.runtime.errors import PTXASError
 
-    stages, registers = option(kernel, "stages", 2), option(kernel, "registers", 0)
+    stages, registers = option(kernel, "stages", 2), _register_cap(kernel)
     # ptxas crashes on a few programs, which other stages turn into programs that it takes
     for choice in ((stages, registers), (stages + 1, 0), (1, 0)):
         with suppress(PTXASError), redirect_stdout(StringIO()):  # Triton prints the whole program
@@ -126,6 +129,15 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
     raise CompileError(
         f"{source}", given="a program that ptxas crashes on", remedy="choose another schedule, and report this pattern"
     )
+
+
+def _register_cap(kernel: Op) -> int:
+    """The schedule's cap on registers, by which two programs share a multiprocessor; 0 for none.
+
+    Masks that read tables take so many registers that the cap would more than double their time in spills.
+    """
+    masks = [op["mask"] for op in parts(kernel, "segment") if op["mask"] is not None]
+    return 0 if any(tables(mask) for mask in masks) else option(kernel, "registers", 0)
 
 
 def _compile(kernel: Op, source: Path, variant: Variant, target: Target, stages: int, registers: int) -> Any:

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from spgen.errors import ToolchainError
 
@@ -25,6 +24,17 @@ _MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 _PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _REPLACE = "cuTensorMapReplaceAddress"
 MAX_GRID = 2**31 - 1
+
+_Sizes, _Steps, _Extent = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
+_EVERY = _Extent(1, 1, 1, 1)
+_Memory = ctypes.c_char * (2 * _MAP_BYTES)
+
+
+class Box:
+    """The tile that a tensor map brings at once, axes outermost first, and how it lies in shared memory."""
+
+    def __init__(self, block: Sequence[int], swizzle: int) -> None:
+        self.extent, self.swizzle = _Extent(*reversed(block)), swizzle
 
 
 class Driver:
@@ -43,8 +53,9 @@ class Driver:
         # tensor maps are used only where the driver has both of their functions
         self.has_tensor_maps = hasattr(library, "cuTensorMapEncodeTiled") and hasattr(library, _REPLACE)
         if self.has_tensor_maps:
-            self._replace = getattr(library, _REPLACE)
+            self._replace, self._encode = getattr(library, _REPLACE), library.cuTensorMapEncodeTiled
             self._replace.argtypes = [pointer, pointer]
+            self._encode.argtypes = [pointer, word, word, *[pointer] * 5, *[word] * 4]
 
     def load(self, code: bytes, entry: str, shared: int, device: int) -> int:
         """The handle of a kernel on one device; its context is made current if this thread has none."""
@@ -68,18 +79,12 @@ class Driver:
         self._check(status, "launching a kernel")
 
     def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
-               block: Sequence[int], swizzle: int) -> bool:  # fmt: skip
-        """Write a tensor map to `target`; False if the hardware cannot express it. Axes outermost first, in bytes."""
-        rank = len(shape)
-        sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
-        steps = (ctypes.c_uint64 * (rank - 1))(*list(reversed(strides))[1:])
-        box = (ctypes.c_uint32 * rank)(*reversed(block))
-        ones = (ctypes.c_uint32 * rank)(*[1] * rank)
-        kind = ctypes.c_int(_MAP_TYPES[dtype])
-        status = self.library.cuTensorMapEncodeTiled(
-            ctypes.c_void_p(target), kind, ctypes.c_uint32(rank), ctypes.c_void_p(pointer), sizes, steps, box, ones,
-            ctypes.c_int(0), ctypes.c_int(swizzle), ctypes.c_int(_PROMOTE_L2), ctypes.c_int(0),
-        )  # fmt: skip
+               box: Box) -> bool:  # fmt: skip
+        """Write a tensor map of four axes to `target`; False if the hardware cannot express it. Strides in bytes."""
+        sizes, steps = _Sizes(*reversed(shape)), _Steps(strides[2], strides[1], strides[0])
+        status = self._encode(
+            target, _MAP_TYPES[dtype], 4, pointer, sizes, steps, box.extent, _EVERY, 0, box.swizzle, _PROMOTE_L2, 0
+        )
         return int(status) == 0
 
     def point(self, target: int, pointer: int) -> None:
@@ -115,13 +120,13 @@ class TensorMap:
     """
 
     def __init__(self, source: int, pointer: int, dtype: str, item: int, shape: Sequence[int], strides: Sequence[int],
-                 box: dict[str, Any]) -> None:  # fmt: skip
-        self._memory = ctypes.create_string_buffer(2 * _MAP_BYTES)
+                 box: Box) -> None:  # fmt: skip
+        self._memory = _Memory()
         self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
         self._source, self._pointer = source, pointer
         self.values = (*shape, *strides)
         steps = [stride * item for stride in strides]
-        self.is_valid = driver().encode(self.address, pointer, dtype, shape, steps, box["block"], box["swizzle"])
+        self.is_valid = driver().encode(self.address, pointer, dtype, shape, steps, box)
 
     def follow(self, changing: list[int]) -> None:
         """Point at this call's tensor."""

@@ -13,22 +13,26 @@ _MUCH = 160 * 1024  # bytes of shared memory a block may have on sm_80, sm_90 an
 # multiprocessor up to 128 lanes, whence the cap on registers: one computes its softmax while the other multiplies.
 _HALF_HOPPER = ((128, 128, 64, 8, 2, 128), (256, 128, 64, 8, 2, 0))
 _HALF_MUCH = ((64, 128, 64, 4, 2, 0), (128, 128, 64, 8, 2, 0), (256, 64, 64, 8, 2, 0))
+_HALF_SHORT = ((256, 64, 64, 4, 2, 0),)
 _HALF_LITTLE = ((64, 128, 64, 4, 2, 0), (128, 64, 64, 4, 2, 0), (256, 64, 32, 8, 2, 0))
 _FLOAT_HOPPER = ((64, 128, 64, 8, 2, 0), (128, 128, 32, 8, 2, 0), (256, 64, 32, 4, 1, 0))
 _FLOAT_CORES = ((64, 64, 32, 4, 2, 0), (128, 32, 32, 4, 1, 0), (256, 32, 16, 8, 1, 0))
 _FLOAT_PLAIN = ((128, 32, 32, 8, 1, 0), (256, 16, 16, 8, 1, 0))
 
 
-def default_schedule(head_dim: int, value_dim: int, dtype: str, target: Target) -> dict[str, Any]:
+def default_schedule(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None
+) -> dict[str, Any]:
     """`block_m`, `block_n` and `options` ("warps=8", …) of a schedule that fits every target of this kind.
 
-    Products of float32 are three products of tf32 where there are tensor cores: as exact as float32's own rounding, and
-    five times as fast as its plain arithmetic.
+    `rows` is how many neighbouring rows share their data, if they do not all: tiles no taller than that waste least,
+    down to 64 rows. Products of float32 are three products of tf32 where there are tensor cores: as exact as float32's
+    own rounding, and five times as fast as its plain arithmetic.
     """
     lanes = max(padded(head_dim), padded(value_dim))
     extra = []
     if dtype != "float32":
-        table = _HALF_LITTLE if target.smem_bytes < _MUCH else _HALF_HOPPER if _is_hopper(target) else _HALF_MUCH
+        table = _half_table(target, rows)
     elif target.kind == "cuda":
         table = _FLOAT_HOPPER if _is_hopper(target) else _FLOAT_CORES
         extra = ["tf32x3=1"]
@@ -39,6 +43,14 @@ def default_schedule(head_dim: int, value_dim: int, dtype: str, target: Target) 
         extra.append(f"registers={registers}")
     options = [f"warps={warps}", f"stages={stages}", "prefetch=1", *extra]
     return {"block_m": block_m, "block_n": block_n, "options": options}
+
+
+def _half_table(target: Target, rows: int | None) -> tuple[tuple[int, ...], ...]:
+    if target.smem_bytes < _MUCH:
+        return _HALF_LITTLE
+    if rows is not None and rows < 128:
+        return _HALF_SHORT
+    return _HALF_HOPPER if _is_hopper(target) else _HALF_MUCH
 
 
 def _is_hopper(target: Target) -> bool:

@@ -43,21 +43,15 @@ def print_expression(
     printer = _Printer(names, ranges)
     lines = []
     for number, shared in enumerate(_shared(node)):
-        lines.append(f"{temporary}_{number} = {_bare(shared, printer)}")
+        lines.append(f"{temporary}_{number} = {printer.bare(shared)}")
         printer.done[shared] = f"{temporary}_{number}", _ATOM
-    return Printed(tuple(lines), _bare(node, printer))
+    return Printed(tuple(lines), printer.bare(node))
 
 
 def _shared(node: Expr) -> Iterator[Expr]:
     """The operations that are used more than once, operands first."""
     uses = Counter(child for parent in walk(node) for child in operands(parent))
     return (child for child in walk(node) if uses[child] > 1 and operands(child))
-
-
-def _bare(node: Expr, printer: _Printer) -> str:
-    """The right side of an assignment: a lone comparison needs no parentheses."""
-    text, _ = printer.text(node)
-    return text[1:-1] if node.op in ("lt", "le", "eq", "ne") and node not in printer.done else text
 
 
 class _Printer:
@@ -108,7 +102,12 @@ class _Printer:
         return low is not None and low >= 0
 
     def _call(self, function: str, *args: Expr, first: tuple[str, ...] = ()) -> tuple[str, int]:
-        return f"{function}({', '.join([*first, *(self.text(arg)[0] for arg in args)])})", _ATOM
+        return f"{function}({', '.join([*first, *(self.bare(arg) for arg in args)])})", _ATOM
+
+    def bare(self, node: Expr) -> str:
+        """Source that stands alone, between commas or after a `=`: a comparison needs no parentheses there."""
+        text, _ = self.text(node)
+        return text[1:-1] if node.op in ("lt", "le", "eq", "ne") and node not in self.done else text
 
     def _within(self, node: Expr, level: int) -> str:
         text, own = self.text(node)
