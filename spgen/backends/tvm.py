@@ -66,10 +66,12 @@ class AttentionKernel:
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
     ) -> None:  # fmt: skip
         """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
+        if not out.numel():
+            return
         function = self._function
         if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
             function = self._strided_function()
-        arguments = [q, k, v, out]
+        arguments: list[Any] = [q, k, v, out]
         if self._pass_lse:
             arguments.append(lse)
         arguments += tables

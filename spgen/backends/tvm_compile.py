@@ -5,6 +5,7 @@ The only file that imports tvm; none of it runs once a kernel is in the disk cac
 
 from __future__ import annotations
 
+import gc
 import shlex
 import shutil
 import subprocess
@@ -49,6 +50,8 @@ def linker() -> list[str] | None:
 
 
 def _tvm() -> Any:
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk all of torch several times while tvm makes its classes
     try:
         import tvm
         import tvm.tirx
@@ -56,6 +59,9 @@ def _tvm() -> Any:
         raise ToolchainError(
             "tvm", given=f"not installed ({fault})", allowed="apache-tvm 0.27", remedy="pip install 'spgen[cpu]'"
         ) from fault
+    finally:
+        if collecting:
+            gc.enable()
     return tvm
 
 
