@@ -60,14 +60,20 @@ def _fresh(device: str, dtype: torch.dtype, cache: str, pattern: str) -> float:
 
 
 def launches(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Host microseconds of a compiled call at a tiny size, and of its kernel's bare launch."""
+    """Microseconds of a compiled call at a tiny size, and of its bare kernel."""
     work = Workload(1, 1, 64, 64, 64, dtype, device)
     q, k, v = work.tensors()
     attend = sp.attention(BlockList.random(work, 0.0).pattern())
     plan = attend.plan(q, k)
-    bare = bare_launch(attend, plan, q, k, v)
-    settle = torch.cuda.synchronize if device != "cpu" else None
-    taken = per_call({"attend": lambda: attend(q, k, v, plan=plan), "bare": bare}, settle=settle)
+
+    def call() -> torch.Tensor:
+        return attend(q, k, v, plan=plan)
+
+    if device == "cpu":
+        taken = per_call({"attend": call, "bare": bare_launch(attend, plan, q, k, v)}, settle=None)
+    else:
+        taken = per_call({"attend": call}, settle=torch.cuda.synchronize)
+        taken["bare"] = bare_kernel_seconds(call)
     attend_us, bare_us = taken["attend"] * 1e6, taken["bare"] * 1e6
     return {
         "attend_us": round(attend_us, 2), "bare_us": round(bare_us, 2), "overhead_us": round(attend_us - bare_us, 2)
@@ -75,18 +81,22 @@ def launches(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 
 def bare_launch(attend: Attention, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
-    """The compiled kernel's own launch, with the arguments of this call: no operator, no checks, no allocation."""
+    """The compiled CPU kernel's own launch, with the arguments of this call: no operator, no checks, no allocation."""
     kernel = compiled(_request(q, k, v.shape[3], repr(attend.pattern), None, None, False)).kernel
     seen: list[tuple[Any, ...]] = []
     attend(q, k, v, plan=plan)
-    if q.device.type == "cpu":
-        function = kernel._function
-        kernel._function = lambda *arguments: seen.append(arguments)
-        attend(q, k, v, plan=plan)
-        kernel._function = function
-    else:
-        (key, function), *_ = kernel._launches.items()
-        kernel._launches[key] = lambda *arguments: seen.append(arguments)
-        attend(q, k, v, plan=plan)
-        kernel._launches[key] = function
+    function = kernel._function
+    kernel._function = lambda *arguments: seen.append(arguments)
+    attend(q, k, v, plan=plan)
+    kernel._function = function
     return lambda: function(*seen[0])
+
+
+def bare_kernel_seconds(call: Callable[[], Any], launches: int = 100) -> float:
+    """What a call's kernel takes on the GPU: many of them in one CUDA graph, with nothing of the host between."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            call()
+    return per_call({"graph": graph.replay}, settle=torch.cuda.synchronize)["graph"] / launches
