@@ -1,4 +1,16 @@
-"""The schedule a GPU kernel starts from: tile sizes, warps, stages and registers by head size, dtype and device."""
+"""The schedule a GPU kernel starts from: tile sizes, warps, stages and registers by head size, dtype and device.
+
+The options of a kernel that this backend knows:
+
+| option | meaning |
+|---|---|
+| `warps`, `stages` | Triton's own; below 2 stages Hopper's matrix products no longer overlap |
+| `masked_stages` | stages of the loops over masked tiles (default: `stages`) |
+| `registers` | a cap per thread, by which two programs share a multiprocessor (not where masks read tables) |
+| `prefetch` | 1: columns that come from a table are read one tile ahead |
+| `tma` | 0: no tensor descriptors, even where the tensors allow them |
+| `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
+"""
 
 from __future__ import annotations
 
