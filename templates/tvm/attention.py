@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keyword
+import re
 from dataclasses import dataclass
 
 from spgen.ir.expr import Expr, Range, free_variables, value_range
@@ -27,6 +28,9 @@ _TAKEN = frozenset(
     tile_of tiles tiles_of together top total transposed unequal v v_head v_step value wanted weight when wide width
     worker workers x y ahead exp2 is_full is_left""".split()
 )
+
+
+_NUMBERED = re.compile(r"(start|stop|full_start|full_stop|left|full|right|tiles|end)_\d+|.*_(of|table)")
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class _Code:
 
     def _let(self, op: Op) -> Value:
         name = op["name"]
-        taken = name in _TAKEN or keyword.iskeyword(name) or name[-1].isdigit() or name.endswith(("_of", "_table"))
+        taken = name in _TAKEN or keyword.iskeyword(name) or _NUMBERED.fullmatch(name) is not None
         label = f"{name}_" if taken else name
         value = Value(name, label, self.text(op["value"]), is_truth(op["value"], self.booleans))
         self.names[name] = label

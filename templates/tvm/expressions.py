@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from spgen.errors import CompileError
-from spgen.ir.expr import Expr, Range, operands, value_range
+from spgen.ir.expr import Expr, Range, const, operands, value_range
 
 _INFIX = {
     "or": ("|", 1), "xor": ("^", 2), "and": ("&", 3), "shl": ("<<", 5), "shr": (">>", 5), "add": ("+", 6),
@@ -80,6 +80,8 @@ class _Printer:
         if node.op in _INFIX:
             sign, level = _INFIX[node.op]
             left, right = node.args
+            if node.op == "add" and right.op == "const" and right.args[0] < 0:
+                sign, right = "-", const(-right.args[0])
             return f"{self.text(left, level, truth=False)} {sign} {self.text(right, level + 1, truth=False)}", level
         if node.op in _CALLS:
             return self._call(node)
