@@ -12,12 +12,10 @@ Result = Mapping[str, Any]
 Cells = Sequence[str]
 
 _CPU_HEAD = (
-    "sparsity", "spgen", "GFLOP/s", "of peak", "compiled FlexAttention", "SDPA causal", "SDPA with mask",
-    "largest error",
+    "sparsity", "spgen", "GFLOP/s", "of peak", "FlexAttention", "SDPA causal", "SDPA + mask", "error",
 )  # fmt: skip
 _GPU_HEAD = (
-    "length", "sparsity", "spgen", "TFLOP/s", "with plan", "compiled FlexAttention", "cuDNN dense causal",
-    "largest error",
+    "length", "sparsity", "spgen", "TFLOP/s", "with plan", "FlexAttention", "cuDNN dense", "error",
 )  # fmt: skip
 _MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
