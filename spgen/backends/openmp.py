@@ -6,29 +6,27 @@ TVM would start a pool of its own, which spins against PyTorch's. The C file is 
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
+import platform
 import subprocess
 from functools import lru_cache
 from pathlib import Path
 
 from spgen.cache import Cache, key
 from spgen.errors import ToolchainError
+from spgen.settings import c_compiler, logger
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _LIBRARY = "openmp.so"
 _SYMBOL = b"__TVMBackendParallelLaunch"
 
 
-@lru_cache(maxsize=1)
-def compiler() -> list[str] | None:
-    """The command of the C compiler (`CC`, else cc, gcc or clang), or None."""
-    words = shlex.split(os.environ.get("CC", ""))
-    if words and shutil.which(words[0]):
-        return words
-    found = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    return [found] if found else None
+def is_available() -> bool:
+    """Whether kernels can run on PyTorch's threads: the library is in the cache, or there is a C compiler."""
+    try:
+        _launcher()
+    except ToolchainError:
+        return False
+    return True
 
 
 def register() -> None:
@@ -58,26 +56,28 @@ def _library() -> ctypes.CDLL:
     cache = Cache()
     try:
         return ctypes.CDLL(str(_built(cache, threads=True) / _LIBRARY))
-    except OSError:  # PyTorch runs no OpenMP here: its symbols are missing
-        return ctypes.CDLL(str(_built(cache, threads=False) / _LIBRARY))
+    except (OSError, ToolchainError) as fault:  # no -fopenmp, or a PyTorch without OpenMP: its symbols are missing
+        library = ctypes.CDLL(str(_built(cache, threads=False) / _LIBRARY))
+        logger().warning("kernels run on one thread: %s", fault)
+        return library
 
 
 def _built(cache: Cache, *, threads: bool) -> Path:
     text = _SOURCE.read_text(encoding="utf-8")
-    name = key(kind="openmp", source=text, threads=threads, machine=os.uname().machine)
+    name = key(kind="openmp", source=text, threads=threads, machine=platform.machine())
     return cache.get_or_build(name, lambda directory: _compile(directory, threads), meta={"kind": "openmp"})
 
 
 def _compile(directory: Path, threads: bool) -> None:
-    command = compiler()
-    if command is None:
+    compiler = c_compiler()
+    if compiler is None:
         raise ToolchainError("C compiler", given="none found", remedy="install gcc or clang, or set CC")
     # no libraries: OpenMP's symbols are PyTorch's
     flags = ["-O2", "-fPIC", "-shared", "-nostdlib", *(["-fopenmp"] if threads else [])]
     done = subprocess.run(
-        [*command, *flags, str(_SOURCE), "-o", str(directory / _LIBRARY)], capture_output=True, text=True, check=False
+        [compiler, *flags, str(_SOURCE), "-o", str(directory / _LIBRARY)], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         raise ToolchainError(
-            shlex.join(command), given=done.stderr.strip() or "an error", remedy="install a C compiler that works"
+            compiler, given=done.stderr.strip() or "an error", remedy="install a C compiler that works, or set CC"
         )

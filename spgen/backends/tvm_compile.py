@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spgen.backends.openmp import compiler
 from spgen.errors import CompileError, ToolchainError
+from spgen.settings import c_compiler
 from spgen.target import Target
 
 
@@ -45,8 +45,8 @@ def linker() -> list[str] | None:
     """The command that makes a shared library of an object file, or None."""
     if sys.platform.startswith("linux") and shutil.which("ld"):
         return ["ld", "-shared", "--strip-debug"]
-    command = compiler()
-    return None if command is None else [*command, "-shared"]
+    compiler = c_compiler()
+    return None if compiler is None else [compiler, "-shared"]
 
 
 def _tvm() -> Any:

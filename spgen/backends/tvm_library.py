@@ -12,14 +12,12 @@ from spgen import cache
 from spgen.backends import openmp
 from spgen.errors import CompileError, ToolchainError
 from spgen.ir.node import Op
-from spgen.settings import settings
+from spgen.settings import logger, settings
 from spgen.target import Target
 
 _LIBRARY, _SOURCE = "kernel.so", "kernel.py"
 _FUNCTION = "attention"
-_BACKENDS = Path(__file__).parent
-# what decides a kernel's code: the templates, and the lowering
-_GENERATORS = (_BACKENDS.parent / "templates" / "tvm", _BACKENDS)
+_TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
 def load(kernel: Op, target: Target, *, strided: bool) -> tuple[Callable[..., None], Path | None]:
@@ -33,7 +31,12 @@ def load(kernel: Op, target: Target, *, strided: bool) -> tuple[Callable[..., No
             return _in_memory(kernel, target, strided), None
         meta = {"kind": "attention", "backend": "tvm", "target": target.key, "kernel": str(kernel)}
         directory = disk.get_or_build(key, lambda place: _write(kernel, target, strided, place), meta=meta)
-    return _function(directory / _LIBRARY), directory / _SOURCE
+    try:
+        return _function(directory / _LIBRARY), directory / _SOURCE
+    except (OSError, RuntimeError) as fault:
+        if not disk.invalidate(key, str(fault)):
+            raise
+    return load(kernel, target, strided=strided)
 
 
 def render_source(kernel: Op, target: Target, *, strided: bool) -> str:
@@ -65,6 +68,7 @@ def _in_memory(kernel: Op, target: Target, strided: bool) -> Callable[..., None]
     """TVM's JIT, with its own threads: for a machine without a linker."""
     from spgen.backends.tvm_compile import compile_source
 
+    logger().warning("no linker or C compiler: this kernel is compiled in memory and runs on TVM's own threads")
     source = render_source(kernel, target, strided=strided)
     found: Callable[..., None] = compile_source(source, Path("<spgen kernel>"), target)[_FUNCTION]
     return found
@@ -73,7 +77,7 @@ def _in_memory(kernel: Op, target: Target, strided: bool) -> Callable[..., None]
 def _can_link() -> bool:
     from spgen.backends.tvm_compile import linker
 
-    return linker() is not None and openmp.compiler() is not None
+    return linker() is not None and openmp.is_available()
 
 
 def _refuse_to_compile() -> None:
@@ -95,10 +99,10 @@ def _key(kernel: Op, target: Target, strided: bool) -> str:
 @lru_cache(maxsize=1)
 def _generator() -> str:
     """Changes with everything that turns a kernel's text into code."""
+    files = sorted(file for file in (_TEMPLATES / "tvm").iterdir() if file.suffix in (".py", ".jinja"))
     digest = hashlib.sha256()
-    for folder in _GENERATORS:
-        for file in sorted(folder.glob("*.jinja")) + sorted(folder.glob("*.py")):
-            digest.update(file.read_bytes())
+    for file in (*files, _TEMPLATES / "render.py", Path(__file__).with_name("tvm_compile.py")):
+        digest.update(file.read_bytes())
     digest.update("".join(map(_version, ("apache-tvm", "apache-tvm-ffi", "torch"))).encode())
     return digest.hexdigest()
 

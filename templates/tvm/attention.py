@@ -5,6 +5,8 @@ from __future__ import annotations
 import keyword
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from spgen.ir.expr import Expr, Range, free_variables, value_range
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, ROW_VARIABLES, parts
@@ -17,20 +19,19 @@ from spgen.templates.tvm.schedule import check, isa_of, key_rows, value_rows
 _HEADS = {"one": "T.int32(0)", "kv": "hk", "q": "h"}
 _NATURAL: Range = (0, None)
 _VARIABLES = (*PROGRAM_VARIABLES, *ROW_VARIABLES, *COLUMN_VARIABLES)
-# names the template gives to its own values; a let of such a name gets an underscore
-_TAKEN = frozenset(
-    """any_key at arguments b batch best bit block c cells column columns coming count count_le counter element empty
-    equal factor finite first flat g group h head hk i inside j k k_head k_step key key_of key_row keys kv_heads
-    kv_len kv_lengths kv_lengths_argument lane lanes largest last let load loaded log low lse lse_argument masked n
-    n_heads new_top next_task now number out out_head out_start out_step p p0 parts place position prefetch q q_head
-    q_len q_offset q_offset_argument q_offsets q_step query r row row_of rows s scale score score_at scratch select
-    div floordiv floormod mod shapes shrink some splat start starts step steps stop store stored sums table_argument task tasks tensors tile
-    tile_of tiles tiles_of together top total transposed unequal v v_head v_step value wanted weight when wide width
-    worker workers x y ahead exp2 is_full is_left""".split()
-)
-
-
+# the template's own names that end in the number of a segment, or begin with the name of a table or let
 _NUMBERED = re.compile(r"(start|stop|full_start|full_stop|left|full|right|tiles|end)_\d+|.*_(of|table)")
+
+
+def _is_taken(name: str) -> bool:
+    return keyword.iskeyword(name) or name in _words() or _NUMBERED.fullmatch(name) is not None
+
+
+@lru_cache(maxsize=1)
+def _words() -> frozenset[str]:
+    """Every name that occurs in the templates: a let of such a name gets an underscore in the rendered code."""
+    text = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("*.py.jinja"))
+    return frozenset(re.findall(r"[A-Za-z_]\w*", text))
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,7 @@ class _Code:
 
     def _let(self, op: Op) -> Value:
         name = op["name"]
-        taken = name in _TAKEN or keyword.iskeyword(name) or _NUMBERED.fullmatch(name) is not None
-        label = f"{name}_" if taken else name
+        label = f"{name}_" if _is_taken(name) else name
         value = Value(name, label, self.text(op["value"]), is_truth(op["value"], self.booleans))
         self.names[name] = label
         self.ranges[name] = value_range(op["value"], self.ranges)

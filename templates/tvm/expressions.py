@@ -79,10 +79,10 @@ class _Printer:
             return f"({left} {_COMPARE[node.op]} {right})", _ATOM
         if node.op in _INFIX:
             sign, level = _INFIX[node.op]
-            left, right = node.args
-            if node.op == "add" and right.op == "const" and right.args[0] < 0:
-                sign, right = "-", const(-right.args[0])
-            return f"{self.text(left, level, truth=False)} {sign} {self.text(right, level + 1, truth=False)}", level
+            a, b = operands(node)
+            if node.op == "add" and b.op == "const" and b.args[0] < 0:
+                sign, b = "-", const(-b.args[0])
+            return f"{self.text(a, level, truth=False)} {sign} {self.text(b, level + 1, truth=False)}", level
         if node.op in _CALLS:
             return self._call(node)
         raise CompileError("expression", given=node.op, allowed="an operation of the integer language")

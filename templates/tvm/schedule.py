@@ -19,10 +19,10 @@ MAX_BLOCK = 96  # lanes or columns of a tile: what a worker keeps of each lies i
 
 @dataclass(frozen=True)
 class Isa:
-    """`lanes` fp32 values fill a vector register, of which there are `registers`; `scalef` is AVX-512's scaling by 2^n, `x86`
-    the family of processors.
+    """`lanes` fp32 values fill a vector register, of which there are `registers`.
 
-    A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
+    `block_m` is the best row tile; `x86` the family of processors; `scalef` whether there are AVX-512's reduce and
+    scaling by 2^n. A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
     """
 
     lanes: int
