@@ -30,32 +30,17 @@ class Plan:
     """The index tensors of a pattern for given lengths, on the device; reusable over steps and layers.
 
     `tables` are int32 [batch or 1, heads, rows, columns]; their meaning is that of the level-2 program, which
-    `attend.explain(q, k, v)` prints. The other fields are what the plan was made for.
+    `spgen explain --ir` prints. `key` is what the plan was made for: the pattern's text, the shapes of q and k, their
+    dtype and device.
     """
 
-    tables: tuple[Tensor, ...]
-    pattern: str
-    batch: int
-    q_heads: int
-    kv_heads: int
-    q_len: int
-    kv_len: int
-    head_dim: int
-    dtype: torch.dtype
-    device: torch.device
+    tables: list[Tensor]
+    key: tuple[str, torch.Size, torch.Size, torch.dtype, torch.device]
 
     @property
     def nbytes(self) -> int:
         """Device memory that the tables take, in bytes."""
         return sum(table.nbytes for table in self.tables)
-
-
-def _facts(pattern: str, q: Tensor, k: Tensor) -> dict[str, object]:
-    """What a plan depends on besides the data."""
-    return {
-        "pattern": pattern, "batch": q.shape[0], "q_heads": q.shape[1], "kv_heads": k.shape[1],
-        "q_len": q.shape[2], "kv_len": k.shape[2], "head_dim": q.shape[3], "dtype": q.dtype, "device": q.device,
-    }  # fmt: skip
 
 
 class Attention:
@@ -116,8 +101,8 @@ class Attention:
 
         Raises ShapeError, DtypeError, DeviceError, DataError, PlanError or UnsupportedError, naming the argument.
         """
-        if plan is not None:
-            self._check_plan(plan, q, k)
+        if plan is not None and plan.key != (self._text, q.shape, k.shape, q.dtype, q.device):
+            self._refuse_plan(plan, q, k)
         if check:
             check_data(
                 self.pattern.node, self.pattern.data, q_len=q.shape[2], kv_len=k.shape[2], q_heads=q.shape[1],
@@ -125,11 +110,11 @@ class Attention:
             )  # fmt: skip
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         call = operator if is_plain(q, k, v) else torch.ops.spgen.attention
-        out, lse = call(
-            q, k, v, self._data, [] if plan is None else list(plan.tables), self._text, cu_seqlens_q, cu_seqlens_k,
+        results: tuple[Tensor, Tensor] = call(
+            q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
             offsets, start, kv_lengths, sink_logits, bias, self.scale, self.softcap, return_lse,
         )  # fmt: skip
-        return (out, lse) if return_lse else out
+        return results if return_lse else results[0]
 
     def plan(
         self,
@@ -145,15 +130,15 @@ class Attention:
         """
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         tables = torch.ops.spgen.plan(q, k, self._data, self._text, offsets, start, kv_lengths)
-        return Plan(tables=tuple(tables), **_facts(self._text, q, k))  # type: ignore[arg-type]
+        return Plan(list(tables), (self._text, q.shape, k.shape, q.dtype, q.device))
 
-    def _check_plan(self, plan: Plan, q: Tensor, k: Tensor) -> None:
-        for name, wanted in _facts(self._text, q, k).items():
-            if getattr(plan, name) != wanted:
-                raise PlanError(
-                    f"plan: {name}", given=str(getattr(plan, name)), allowed=str(wanted),
-                    remedy="make a plan for this call: attend.plan(q, k)",
-                )  # fmt: skip
+    def _refuse_plan(self, plan: Plan, q: Tensor, k: Tensor) -> None:
+        wanted = (self._text, q.shape, k.shape, q.dtype, q.device)
+        names = ("pattern", "shape of q", "shape of k", "dtype", "device")
+        name, made, asked = next(each for each in zip(names, plan.key, wanted, strict=True) if each[1] != each[2])
+        raise PlanError(
+            f"plan: {name}", given=str(made), allowed=str(asked), remedy="make a plan for this call: attend.plan(q, k)"
+        )
 
     def explain(
         self,

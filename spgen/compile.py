@@ -33,6 +33,8 @@ LEVEL_1: tuple[Callable[[Op], Op], ...] = (desugar, push_permutations, normalize
 
 # A row tile is shared by the heads of a group when one head's rows would leave this much of it empty.
 _PACK_BELOW = 0.5
+# Each row sees a diagonal in another column: short row tiles touch fewer tiles beside it.
+_DIAGONAL_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,13 @@ class Lowered:
 class Backend(Protocol):
     """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
 
-    def default_schedule(self, head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]:
-        """`block_m`, `block_n` and the `options` of the level-3 kernel, always a legal choice."""
+    def default_schedule(
+        self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None
+    ) -> Mapping[str, Any]:
+        """`block_m`, `block_n` and the `options` of the level-3 kernel, always a legal choice.
+
+        `rows` is how many neighbouring rows share their data, None if all do.
+        """
 
     def build(self, kernel: Op, target: Target) -> Any:
         """The launchable kernel, from the cache or compiled."""
@@ -122,6 +129,16 @@ def lower(request: Request, block_m: int, block_n: int, options: tuple[str, ...]
     return Lowered(node, terms, program, kernel, pack)
 
 
+def shared_rows(node: Op) -> int | None:
+    """How many neighbouring rows share what the pattern's data list for them; None if the data do not tell rows apart.
+
+    A taller row tile walks the union of their lists and masks it.
+    """
+    rows = [op["rows"] for op in walk(level_1(node)) if op.kind == "listed" and op["rows"]]
+    rows += [_DIAGONAL_ROWS for op in walk(level_1(node)) if op.kind == "diagonals"]
+    return min(rows, default=None)
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A request with its levels and its launchable kernel."""
@@ -135,7 +152,9 @@ class Compiled:
 def lowered(request: Request) -> Lowered:
     """The levels of a request with its backend's default schedule."""
     call = request.call
-    chosen = backend_of(request.target).default_schedule(call.head_dim, call.value_dim, call.dtype, request.target)
+    chosen = backend_of(request.target).default_schedule(
+        call.head_dim, call.value_dim, call.dtype, request.target, rows=shared_rows(read_short(request.pattern))
+    )
     return lower(request, chosen["block_m"], chosen["block_n"], tuple(chosen["options"]))
 
 

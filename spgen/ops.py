@@ -36,6 +36,7 @@ _PLAN_SCHEMA = """plan(
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _MAX_HEAD_DIM = 256
+_MANY_CALLS = 4096  # different calls to remember; a cache of keys that grows makes a new one at each step
 Offset: TypeAlias = "Tensor | int | None"
 
 
@@ -44,10 +45,10 @@ class _Ready:
     """A call's kernel, and what of the plan it reads."""
 
     compiled: Compiled
-    launch: Callable[..., None]
+    launch: Callable[..., None] | None  # None: there is nothing to compute
     needs_tables: bool
     read: tuple[int, ...]
-    complete: bool  # whether every row of the result is written
+    starts_empty: bool  # whether the kernel may leave rows of the result unwritten
     scale: float
 
 
@@ -71,8 +72,8 @@ def attention(
     scale: float | None,
     softcap: float | None,
     return_lse: bool,
-) -> tuple[Tensor, Tensor]:
-    """The operator's kernel on CPUs and GPUs; arguments are those of the schema."""
+) -> tuple[Tensor, Tensor | None]:
+    """What the operator does on CPUs and GPUs; arguments are those of its schema."""
     if not (cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None):
         _refuse(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sink_logits=sink_logits, bias=bias, softcap=softcap
@@ -80,24 +81,34 @@ def attention(
     offset: Offset = q_offset if q_start is None else q_start
     key = (
         pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
-        offset.__class__, kv_lengths is None, *((t.shape, t.device) for t in data),
+        offset.__class__, kv_lengths is None, None if plan else tuple([(t.shape, t.device) for t in data]),
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
-        ready = _ready[key] = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
+        ready = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
+        if len(_ready) >= _MANY_CALLS:
+            _ready.clear()
+        _ready[key] = ready
     out = _like(q, v.shape[3])
-    lse = torch.empty(q.shape[:3] if return_lse else 0, dtype=torch.float32, device=q.device)
-    if out.numel() == 0 or k.shape[2] == 0 or not ready.complete:
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    if ready.starts_empty:
         out.zero_()
-        lse.fill_(-math.inf)
-        if ready.complete:
-            return out, lse
+        if lse is not None:
+            lse.fill_(-math.inf)
+    if ready.launch is None:
+        return out, lse
     tables: Sequence[Tensor] = ()
     if ready.needs_tables:
         built = plan or _tables(ready.compiled.lowered.program, q, k, data, offset, kv_lengths)
         tables = [built[at] for at in ready.read]
     ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, ready.scale if scale is None else scale)
     return out, lse
+
+
+def _operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The dispatcher wants a tensor in the place of a log-sum-exp that nobody asked for."""
+    out, lse = attention(q, *rest)
+    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
 
 def _like(q: Tensor, value_dim: int) -> Tensor:
@@ -143,8 +154,9 @@ def _prepare(
     done = compiled(request)
     names = [op["name"] for op in table_ops(done.lowered.program)]
     read = tuple(names.index(op["name"]) for op in parts(done.lowered.kernel, "table"))
-    complete = done.lowered.kernel["row"] is None
-    return _Ready(done, done.kernel, bool(names), read, complete, 1 / math.sqrt(q.shape[3]))
+    idle = 0 in (*q.shape, k.shape[2])
+    starts_empty = idle or done.lowered.kernel["row"] is not None
+    return _Ready(done, None if idle else done.kernel, bool(names), read, starts_empty, 1 / math.sqrt(q.shape[3]))
 
 
 def _request(
@@ -269,7 +281,7 @@ _library = torch.library.Library("spgen", "DEF")
 _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(_PLAN_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 for _key in ("CPU", "CUDA"):
-    _library.impl("attention", attention, _key)
+    _library.impl("attention", _operator, _key)
     _library.impl("plan", _plan, _key)
     _library.impl("attention", _autocast_attention, f"Autocast{_key}")
 torch.library.register_fake("spgen::attention", _fake_attention, lib=_library)

@@ -23,8 +23,10 @@ _built: dict[tuple[Op, Target], AttentionKernel] = {}
 _lock = threading.Lock()
 
 
-def default_schedule(head_dim: int, value_dim: int, dtype: str, target: Target) -> Mapping[str, Any]:
-    """`block_m`, `block_n` and `options` of a kernel that fits the target's vector registers."""
+def default_schedule(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None
+) -> Mapping[str, Any]:
+    """`block_m`, `block_n` and `options` of a kernel that fits the target's vector registers, whatever `rows` share."""
     return schedule(head_dim, value_dim, target)
 
 

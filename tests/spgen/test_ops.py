@@ -113,7 +113,7 @@ def test_a_plan_knows_what_it_is_for() -> None:
     with pytest.raises(PlanError, match="plan: pattern"):
         other(q, k, v, plan=plan)
     q, k, v = tensors(41, 41)
-    with pytest.raises(PlanError, match="plan: q_len"):
+    with pytest.raises(PlanError, match="plan: shape of q"):
         sp.attention(sp.columns(torch.tensor([3])))(q, k, v, plan=plan)
 
 
