@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -68,6 +69,7 @@ def _in_memory(kernel: Op, target: Target, strided: bool) -> Callable[..., None]
     """TVM's JIT, with its own threads: for a machine without a linker."""
     from spgen.backends.tvm_compile import compile_source
 
+    os.environ.setdefault("TVM_BIND_THREADS", "0")  # its threads would pin this one to a core
     logger().warning("no linker or C compiler: this kernel is compiled in memory and runs on TVM's own threads")
     source = render_source(kernel, target, strided=strided)
     found: Callable[..., None] = compile_source(source, Path("<spgen kernel>"), target)[_FUNCTION]

@@ -1,0 +1,302 @@
+"""The CPU backend against the oracle of level-3 kernels, and what surrounds its kernels: cache, tools, threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spgen.backends import openmp, tvm_compile, tvm_library
+from spgen.backends.tvm import AttentionKernel, build, default_schedule
+from spgen.errors import CacheWarning, CompileError, ToolchainError, UnsupportedError
+from spgen.ir.kernel import KERNEL
+from spgen.settings import override
+from spgen.target import Target
+from tests.kernel_cases import CASES, Case, causal, causal_parts, dense, packed_causal, program, segment, tensors
+from tests.kernel_oracle import masked_attention
+
+pytest.importorskip("tvm")
+
+CPU = Target.of("cpu")
+BLOCK_M: int = default_schedule(64, 64, "float32", CPU)["block_m"]
+OTHERS = {
+    "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", simd=8, registers=16),
+    "sse2": replace(CPU, isa="sse2", arch="x86-64", simd=4, registers=16),
+}
+
+
+def run(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel's result over memory that was something else before."""
+    if out is None:
+        out = torch.full((*case.q.shape[:3], case.v.shape[3]), 7.0)
+    lse = torch.full(case.q.shape[:3], 7.0)
+    build(case.kernel, target)(
+        case.q, case.k, case.v, out, lse, case.tables, case.q_offset, case.kv_lengths, case.scale
+    )  # fmt: skip
+    return out, lse
+
+
+def check(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> None:
+    expected = case.expected()
+    found, lse = run(case, target, out)
+    written = expected.written
+    torch.testing.assert_close(found[written].double(), expected.out[written], atol=4e-6, rtol=4e-6)
+    if case.kernel["lse"]:
+        torch.testing.assert_close(lse[written].double(), expected.lse[written], atol=4e-6, rtol=4e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_agrees_with_the_oracle(name: str) -> None:
+    check(CASES[name](BLOCK_M, 64))
+
+
+@pytest.mark.skipif(CPU.isa != "avx512", reason="forces narrower vectors")
+@pytest.mark.parametrize(("isa", "name"), [("avx2", "arithmetic"), ("avx2", "packed_causal"), ("sse2", "permuted")])
+def test_narrower_vectors_agree_with_the_oracle(isa: str, name: str) -> None:
+    block_m = default_schedule(64, 64, "float32", OTHERS[isa])["block_m"]
+    check(CASES[name](block_m, 64), OTHERS[isa])
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 16), (16, 1), (80, 96), (192, 50), (256, 256)])
+def test_head_sizes(head_dim: int, value_dim: int) -> None:
+    kernel = program(*causal_parts(BLOCK_M), head_dim=head_dim, value_dim=value_dim, block_m=BLOCK_M)
+    check(Case(kernel, *tensors(1, 2, 1, 70, 90, head_dim, value_dim)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_shape_and_layout_by_one_kernel(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    batch, kv_heads, group, q_len, kv_len = (
+        int(torch.randint(1, high, (), generator=generator)) for high in (4, 4, 4, 300, 300)
+    )
+    case = causal(BLOCK_M, 64)
+    case.q, case.k, case.v = tensors(batch, kv_heads * group, kv_heads, q_len, kv_len, seed=seed)
+    if seed % 3 == 1:  # [B, L, H, D] underneath
+        case.q, case.k, case.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (case.q, case.k, case.v))
+        check(case, out=torch.full((batch, q_len, kv_heads * group, 64), 7.0).transpose(1, 2))
+    elif seed % 3 == 2:  # off the vectors' alignment, NaN around
+        case.q, case.k, case.v = (_in_the_middle(x) for x in (case.q, case.k, case.v))
+        check(case, out=_in_the_middle(torch.empty_like(case.q)))
+    else:
+        check(case)
+
+
+def _in_the_middle(x: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` as a view into memory that is NaN around it."""
+    memory = torch.full((*x.shape[:2], x.shape[2] + 2, x.shape[3] + 5), math.nan)
+    view = memory[:, :, 1:-1, 3:-2]
+    return view.copy_(x)
+
+
+def test_last_strides_other_than_one() -> None:
+    case = causal(BLOCK_M, 64)
+    case.k = case.k.mT.contiguous().mT
+    case.v = torch.stack([case.v, torch.full_like(case.v, math.nan)], -1)[..., 0]
+    check(case)
+    case.q = case.q.mT.contiguous().mT
+    check(case)
+
+
+def test_broadcast_and_aliased_inputs() -> None:
+    case = causal(BLOCK_M, 64)
+    case.k = case.v = case.k[:, :, :1].expand(-1, -1, 200, -1)
+    check(case)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len", "batch"), [(0, 5, 1), (5, 0, 1), (5, 5, 0)])
+def test_nothing_to_do(q_len: int, kv_len: int, batch: int) -> None:
+    case = causal(BLOCK_M, 64)
+    case.q, case.k, case.v = tensors(batch, 4, 1, q_len, kv_len)
+    out, lse = run(case)
+    assert not out.any()
+    assert (lse == -math.inf).all()
+
+
+def test_same_bits_whatever_the_threads() -> None:
+    case = causal(BLOCK_M, 64)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(run(case)[0])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("make", [causal, packed_causal])
+def test_nan_stays_in_its_row(make: type[Case]) -> None:
+    case = make(BLOCK_M, 64)
+    clean, _ = run(case)
+    case.q[0, 1, 5, 3] = math.nan
+    out, lse = run(case)
+    assert out[0, 1, 5].isnan().all()
+    assert lse[0, 1, 5].isnan()
+    out[0, 1, 5] = clean[0, 1, 5]
+    assert torch.equal(out, clean)
+
+
+def test_extreme_scores() -> None:
+    case = dense(BLOCK_M, 64)
+    case.q = case.q * 300
+    out, lse = run(case)
+    pairs = torch.ones(*case.q.shape[:3], case.k.shape[2], dtype=torch.bool)
+    expected, expected_lse = masked_attention(case.q, case.k, case.v, pairs)
+    torch.testing.assert_close(out.double(), expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-2, rtol=1e-5)
+    case.scale = 0.0
+    group = case.q.shape[1] // case.k.shape[1]
+    mean = case.v.mean(2, keepdim=True).repeat_interleave(group, 1)
+    torch.testing.assert_close(run(case)[0], mean.expand_as(out), atol=1e-5, rtol=1e-5)
+
+
+def test_the_floating_point_mode_is_left_as_it_was() -> None:
+    run(causal(BLOCK_M, 64))
+    assert float(torch.tensor(1e-40) * 1) != 0
+
+
+def test_addresses_beyond_32_bits() -> None:
+    try:
+        memory = torch.empty(2**31 + 2**20)  # 8 GB, of which a few pages are touched
+    except RuntimeError:
+        pytest.skip("no address space of 8 GB")
+    case = causal(BLOCK_M, 64)
+    case.q, k, v = tensors(1, 2, 2, 3, 3)
+    far = memory.as_strided((1, 2, 3, 64), (0, 2**17, 2**30, 1))
+    case.k = far.copy_(k)
+    case.v = memory[2**18 :].as_strided((1, 2, 3, 64), (0, 2**17, 2**30, 1)).copy_(v)
+    check(case)
+
+
+def test_several_threads_may_call() -> None:
+    case = dense(BLOCK_M, 64)
+    expected, _ = run(case)
+    results: list[torch.Tensor] = []
+    callers = [threading.Thread(target=lambda: results.append(run(case)[0])) for _ in range(6)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(results) == 6
+    assert all(torch.equal(expected, result) for result in results)
+
+
+def test_inputs_that_require_a_gradient() -> None:
+    case = causal(BLOCK_M, 64)
+    case.q.requires_grad_()
+    run(case)
+
+
+def test_equal_kernels_are_built_once() -> None:
+    assert build(causal(BLOCK_M, 64).kernel, CPU) is build(causal(BLOCK_M, 64).kernel, CPU)
+
+
+def test_the_source_is_a_file() -> None:
+    kernel = build(causal(BLOCK_M, 64).kernel, CPU)
+    assert kernel.path is not None
+    assert kernel.path.read_text() == kernel.source
+    assert str(kernel.kernel) in kernel.source
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype on the CPU: got bfloat16"),
+        ({"block_m": 20}, "block_m: got 20"),
+        ({"block_n": 512}, "block_n: got 512"),
+        ({"pack": 200}, "pack: got 200"),
+    ],
+)
+def test_impossible_schedules_are_refused(attributes: dict[str, object], message: str) -> None:
+    kernel = program(segment("0", "kv_len"))
+    changed = KERNEL.make("attention", *kernel.operands, **{**dict(kernel.attrs), **attributes})
+    with pytest.raises(UnsupportedError, match=message):
+        build(changed, CPU)
+
+
+def test_compiling_may_be_forbidden(tmp_path: Path) -> None:
+    kernel = dense(BLOCK_M, 64).kernel
+    with override(cache_dir=tmp_path, no_compile=True), pytest.raises(CompileError, match="SPGEN_NO_COMPILE"):
+        AttentionKernel(kernel, CPU)
+
+
+def test_missing_tvm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tvm", None)
+    with override(cache_dir=tmp_path), pytest.raises(ToolchainError, match=r"pip install 'spgen\[cpu\]'"):
+        AttentionKernel(dense(BLOCK_M, 64).kernel, CPU)
+
+
+def test_without_a_linker_kernels_are_compiled_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tvm_compile, "linker", lambda: None)
+    case = dense(BLOCK_M, 64)
+    with override(cache_dir=tmp_path, log="off"):
+        kernel = AttentionKernel(case.kernel, CPU)
+    assert kernel.path is None
+    assert "def attention" in kernel.source
+    out = torch.empty(*case.q.shape[:3], 64)
+    lse = torch.empty(case.q.shape[:3])
+    kernel(case.q, case.k, case.v, out, lse, (), None, None, case.scale)
+    torch.testing.assert_close(out, run(case)[0])
+
+
+def test_a_linker_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tvm_compile, "linker", lambda: ["ld", "--no-such-option"])
+    with override(cache_dir=tmp_path), pytest.raises(CompileError, match="linking with ld --no-such-option"):
+        AttentionKernel(dense(BLOCK_M, 64).kernel, CPU)
+
+
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    case = dense(BLOCK_M, 64)
+    with override(cache_dir=tmp_path):
+        first = AttentionKernel(case.kernel, CPU)
+        assert first.path is not None
+        library = first.path.with_name("kernel.so")
+        library.unlink()  # the first stays mapped
+        library.write_bytes(bytes(library.with_name("kernel.py").stat().st_size))
+        with pytest.warns(CacheWarning, match="damaged"):
+            AttentionKernel(case.kernel, CPU)
+
+
+def test_without_openmp_kernels_run_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP here >&2; exit 1;; esac\nexec cc "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    with override(cache_dir=tmp_path, log="off"):
+        assert openmp._library().spgen_parallel_launch
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with override(cache_dir=tmp_path / "empty"), pytest.raises(ToolchainError, match="C compiler"):
+        openmp._library()
+
+
+def test_a_warm_process_imports_no_compiler(tmp_path: Path) -> None:
+    program_text = f"""
+import sys, torch
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from spgen.backends.tvm import build
+from spgen.ir.kernel import KERNEL
+from spgen.target import Target
+kernel = build(KERNEL.read(sys.stdin.read()), Target.of("cpu"))
+q, out = torch.randn(1, 4, 8, 64), torch.empty(1, 4, 8, 64)
+kernel(q, q, q, out, torch.empty(1, 4, 8), (), None, None, 0.125)
+print(sorted({{"tvm", "jinja2", "sympy", "networkx", "triton"}} & set(sys.modules)))
+torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+"""
+    case = causal(BLOCK_M, 64)
+    with override(cache_dir=tmp_path):
+        AttentionKernel(case.kernel, CPU)
+        tvm_library.openmp._library()
+    environment = {**os.environ, "SPGEN_CACHE_DIR": str(tmp_path), "SPGEN_NO_COMPILE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program_text], input=str(case.kernel), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
