@@ -6,6 +6,8 @@ import ctypes
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,37 +17,49 @@ from spgen.settings import c_compiler
 from spgen.target import Target
 
 _SOURCE = Path(__file__).with_name("fma.c")
-_SECONDS = 0.1
 
 
-def fma_peak(repeats: int = 5) -> float | None:
-    """FLOP/s of fp32 multiply-adds on as many threads as torch uses: the best of `repeats`; None without a compiler."""
-    target, compiler = Target.of("cpu"), c_compiler()
-    if compiler is None:
-        return None
-    chains = target.registers * 3 // 4
+@dataclass(frozen=True)
+class FmaLoop:
+    """A call that does nothing but `flops` operations, on as many threads as torch uses."""
+
+    run: Callable[[int], float]
+    rounds: int
+    threads: int
+    flops: int
+
+    def __call__(self) -> None:
+        """Run the loop on every thread at once; ctypes lets go of the interpreter lock."""
+        others = [threading.Thread(target=self.run, args=(self.rounds,)) for _ in range(self.threads)]
+        for thread in others:
+            thread.start()
+        for thread in others:
+            thread.join()
+
+
+def fma_loop(seconds: float = 0.05) -> FmaLoop | None:
+    """Vector multiply-adds in independent chains, for about `seconds`; None without a C compiler."""
+    target, chains = Target.of("cpu"), max(1, Target.of("cpu").registers * 3 // 4)
     with tempfile.TemporaryDirectory() as directory:
-        library = Path(directory, "fma.so")
-        sizes = [f"-DLANES={target.simd}", f"-DCHAINS={chains}"]
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
-        flags += ["-mprefer-vector-width=512"] if target.isa == "avx512" else []
-        try:
-            subprocess.run([compiler, *flags, *sizes, "-o", library, _SOURCE], check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
+        library = _compiled(Path(directory, "fma.so"), target, chains)
+        if library is None:
             return None
-        run = ctypes.CDLL(str(library)).fma_rounds
-        run.argtypes, run.restype = [ctypes.c_long], ctypes.c_float
-        rounds = 1_000_000
-        rounds = max(rounds, round(rounds * _SECONDS / wall(lambda: run(rounds))))
-        threads = torch.get_num_threads()
-        best = min(wall(lambda: _together(run, rounds, threads)) for _ in range(repeats))
-    return threads * rounds * chains * target.simd * 2 / best
+        run = library.fma_rounds
+    run.argtypes, run.restype = [ctypes.c_long], ctypes.c_float
+    few = 1_000_000
+    rounds, threads = max(few, round(few * seconds / wall(lambda: run(few)))), torch.get_num_threads()
+    return FmaLoop(run, rounds, threads, threads * rounds * chains * target.simd * 2)
 
 
-def _together(run: object, rounds: int, count: int) -> None:
-    """The loop on `count` threads at once; ctypes lets go of the interpreter lock."""
-    threads = [threading.Thread(target=run, args=(rounds,)) for _ in range(count)]  # type: ignore[arg-type]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def _compiled(path: Path, target: Target, chains: int) -> ctypes.CDLL | None:
+    compiler = c_compiler()
+    flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+    flags += ["-mprefer-vector-width=512"] if target.isa == "avx512" else []
+    sizes = [f"-DLANES={target.simd}", f"-DCHAINS={chains}"]
+    try:
+        if compiler is not None:
+            subprocess.run([compiler, *flags, *sizes, "-o", path, _SOURCE], check=True, capture_output=True)
+            return ctypes.CDLL(str(path))
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    return None

@@ -99,4 +99,9 @@ def bare_kernel_seconds(call: Callable[[], Any], launches: int = 100) -> float:
     with torch.cuda.graph(graph):
         for _ in range(launches):
             call()
-    return per_call({"graph": graph.replay}, settle=torch.cuda.synchronize)["graph"] / launches
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return per_call({"graph": replay}, repeats=10)["graph"] / launches
