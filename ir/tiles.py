@@ -42,9 +42,10 @@ _TABLES = {
     "diagonal_tiles": {"offsets": "slot", "row_tile": "int", "block_n": "int"},
     # One bit per rows x cols tile that holds a pair of `predicate`.
     "touch": {"predicate": "expr", "rows": "int", "cols": "int"},
-    # Position bounds per row tile (start, full_start, full_stop, stop) in the list of another table.
+    # Position bounds per row tile (start, full_start, full_stop, stop) in the list of another table, which has a row
+    # for every `tiles_per_row` row tiles (0: one row for all).
     "splits": {
-        "units": "str", "row": "expr", "unit": "int", "base": "expr", "lo": "expr", "inner_lo": "expr",
+        "units": "str", "tiles_per_row": "int", "unit": "int", "base": "expr", "lo": "expr", "inner_lo": "expr",
         "inner_hi": "expr", "hi": "expr", "exact": "bool", "row_tile": "int", "block_n": "int",
     },
 }  # fmt: skip

@@ -369,12 +369,14 @@ class _Segment:
         rows, cols, row_tile = leaf["rows"], leaf["cols"], self.shape.row_tile
         aligned = rows % row_tile == 0
         name = self.tiler.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
-        row = const(0) if rows == 0 else (TILE // (rows // row_tile) if aligned else TILE)
+        tiles_per_row = rows // row_tile if aligned else 1
+        row = TILE // tiles_per_row if tiles_per_row else const(0)
         first = expr.load(name, row, P // cols) * cols + P % cols
         source: dict[str, Any] = {
             "source": "list" if cols % self.shape.block_n == 0 else "gather",
             "contiguous": cols % self.shape.block_n == 0,
-            "column": first, "unit": cols, "units": name, "row": row, "base": const(0), "exact": aligned,
+            "column": first, "unit": cols, "units": name, "tiles_per_row": tiles_per_row, "base": const(0),
+            "exact": aligned,
         }  # fmt: skip
         if not aligned and self.driver is not None:
             source["mask"] = self.tiler.predicate(self.driver, self.key_space)
@@ -391,7 +393,7 @@ class _Segment:
         column = expr.load(name, 0, P // shape.block_n) * shape.block_n + P % shape.block_n + base
         return {
             "source": "list", "contiguous": True, "column": column, "unit": shape.block_n, "units": name,
-            "row": const(0), "base": base, "exact": False,
+            "tiles_per_row": 0, "base": base, "exact": False,
             "mask": self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE,
         }  # fmt: skip
 
@@ -399,12 +401,12 @@ class _Segment:
         """Lists get their table of position bounds."""
         if "units" not in source:
             return source
-        units, row, base = source.pop("units"), source.pop("row"), source.pop("base")
-        reads = [e for e in (*self.bounds.values(), base, row) if isinstance(e, Expr)]
+        units, tiles_per_row, base = source.pop("units"), source.pop("tiles_per_row"), source.pop("base")
+        reads = [*self.bounds.values(), base]
         names = frozenset({str(units)}).union(*map(expr.tables, reads))
         splits = self.tables.add(
             "splits", f"splits_{self.name}", self.tables.widest(names, *reads),
-            units=units, row=row, unit=source["unit"], base=base, exact=exact, **self.bounds,
+            units=units, tiles_per_row=tiles_per_row, unit=source["unit"], base=base, exact=exact, **self.bounds,
             row_tile=self.shape.row_tile, block_n=self.shape.block_n,
         )  # fmt: skip
         return {**source, "splits": splits}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class Attention:
                 kv_heads=k.shape[1], batch=q.shape[0],
             )  # fmt: skip
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-        call = operator if is_plain(q, k, v) else torch.ops.spgen.attention
+        call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
         results: tuple[Tensor, Tensor] = call(
             q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
             offsets, start, kv_lengths, sink_logits, bias, self.scale, self.softcap, return_lse,

@@ -93,7 +93,7 @@ def _how(segment: Op) -> str:
 def _cost_lines(cost: Cost) -> list[str]:
     useful = cost.needed_pairs / cost.visited_pairs if cost.visited_pairs else 1.0
     return [
-        f"work       {cost.flops / 1e9:,.2f} GFLOP of {cost.visited_flops / 1e9:,.2f} computed ({useful:.0%}) are needed",
+        f"work       {cost.flops / 1e9:,.2f} GFLOP, {useful:.0%} of the {cost.visited_flops / 1e9:,.2f} GFLOP computed",
         f"bytes      {cost.bytes / 1e6:,.1f} MB, of it {cost.plan_bytes / 1e6:,.2f} MB of tables; workspace 0",
         f"predicted  {cost.seconds * 1e3:,.3f} ms, limited by {cost.bound}",
     ]

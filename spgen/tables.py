@@ -399,33 +399,39 @@ def _splits(builder: Builder, op: Op) -> Tensor:
     heads, unit = op["heads"], op["unit"]
     variables = {**builder.variables(heads, 1), "tile": builder.arange(tiles).reshape(1, 1, -1)}
 
-    def column(name: str) -> Any:
-        relative = builder.evaluate(op[name] - op["base"], variables, heads, 1)
-        relative = _tensor(relative, builder.device)
-        return relative if relative.dim() else relative.reshape(1, 1, 1)
+    def units_before(bound: str, up: bool) -> Tensor:
+        column = builder.evaluate(op[bound] - op["base"], variables, heads, 1)
+        limit = _OPERATIONS["floordiv"](column + (unit - 1 if up else 0), unit)
+        return _tensor(limit, builder.device).to(torch.int32)
 
-    def listed_before(limit: Tensor) -> Tensor:
-        row = builder.evaluate(op["row"], variables, heads, 1)
-        return _Reader(builder, heads, 1).count_le(op["units"], row, limit - 1)
-
-    def up(limit: Tensor) -> Tensor:
-        return torch.div(limit + (unit - 1), unit, rounding_mode="floor")
-
-    def down(limit: Tensor) -> Tensor:
-        return torch.div(limit, unit, rounding_mode="floor")
-
-    start = listed_before(down(column("lo")))
-    stop = torch.maximum(listed_before(up(column("hi"))), start)
+    bounds = [("lo", False), ("inner_lo", True), ("inner_hi", False), ("hi", True)]
+    limits = [units_before(bound, up) for bound, up in (bounds if op["exact"] else (bounds[0], bounds[3]))]
+    limits = [limit if limit.dim() else limit.reshape(1, 1, 1) for limit in limits]
+    shape = (*torch.broadcast_shapes(*(limit.shape[:2] for limit in limits)), tiles)
+    found = _count_below(builder, op, heads, torch.stack([limit.expand(shape) for limit in limits], -1))
+    start, stop = found[..., 0], torch.maximum(found[..., -1], found[..., 0])
     first = last = start
     if op["exact"]:
-        first = torch.minimum(torch.maximum(listed_before(up(column("inner_lo"))), start), stop)
-        last = torch.minimum(listed_before(down(column("inner_hi"))), stop)
+        first = torch.minimum(torch.maximum(found[..., 1], start), stop)
+        last = torch.minimum(found[..., 2], stop)
         enough = (last - first) * unit >= op["block_n"]
         first, last = torch.where(enough, first, start), torch.where(enough, last, start)
-    parts = torch.broadcast_tensors(start, first, last, stop)
-    found: Tensor = torch.stack(parts, -1) * unit
-    batch, width = found.shape[:2]
-    return found.expand(batch, width, tiles, 4)
+    positions: Tensor = torch.stack([start, first, last, stop], -1) * unit
+    return positions
+
+
+def _count_below(builder: Builder, op: Op, heads: str, limits: Tensor) -> Tensor:
+    """How many listed units lie below each of `limits` [batch, heads, tiles, n], in the list of their row tile."""
+    listed = _Reader(builder, heads, 1).table(op["units"])
+    lead = torch.broadcast_shapes(listed.shape[:2], limits.shape[:2])
+    tiles, count = limits.shape[2:]
+    per_row = op["tiles_per_row"] or tiles
+    rows = listed.shape[2]
+    # a tile behind the last row of the list exists only beside the rows of the call, where nothing is asked
+    padded = torch.nn.functional.pad(limits.expand(*lead, -1, -1), (0, 0, 0, max(0, rows * per_row - tiles)))
+    asked = padded[:, :, : rows * per_row].reshape(*lead, rows, per_row * count)
+    below = torch.searchsorted(listed.expand(*lead, -1, -1).contiguous(), asked.contiguous(), out_int32=True)
+    return below.reshape(*lead, rows * per_row, count)[:, :, :tiles]
 
 
 _BUILDERS: dict[str, Callable[[Builder, Op], Tensor]] = {
