@@ -60,7 +60,7 @@ def packed_sentences(count: int) -> None:
         "padded batches, SDPA": lambda: embed_batches(model, tokens),
         "padded, sorted by length": lambda: embed_sorted(model, tokens),
     }
-    table = Table("way", "seconds", "beside spgen", "difference", caption="difference: to each text alone, the largest")
+    table = Table("way", "seconds", "beside spgen", "difference", caption="difference: to each text alone, at most")
     seconds, embeddings = measured(ways)
     for name, found in embeddings.items():
         difference = float((found - alone).abs().max())
@@ -158,7 +158,7 @@ def long_context(length: int, with_flex: bool) -> None:
     seconds, _ = measured({"dense": lambda: scaled_dot_product_attention(q, k, v, is_causal=True)})
     dense = seconds["dense"]
     console.print(f"Dense causal SDPA takes {dense:.2f} s.")
-    table = Table("pattern", "way", "seconds", "beside dense", "error", caption="error: to the oracle in 64 bits")
+    table = Table("pattern", "way", "seconds", "dense takes", "error", caption="error: to the oracle in 64 bits")
     explained = []
     for name, pattern, pairs in long_patterns(length):
         attend = sp.attention(pattern)
@@ -173,7 +173,7 @@ def long_context(length: int, with_flex: bool) -> None:
         for way, out in results.items():
             error = sampled_error(out, q, k, v, pattern)
             assert error < TOLERANCE, f"{name}, {way}: {error}"
-            table.add_row(name, way, f"{seconds[way]:.3f}", f"{dense / seconds[way]:.1f}× faster", f"{error:.1e}")
+            table.add_row(name, way, f"{seconds[way]:.3f}", f"{dense / seconds[way]:.1f}×", f"{error:.1e}")
         explained.append(f"{attend.explain(q, k, v)}\nfirst call {first:.2f} s, compiling included")
     console.print(table)
     for text in explained:
