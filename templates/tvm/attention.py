@@ -43,6 +43,22 @@ class Value:
     text: str = ""
     truth: bool = False
 
+    @property
+    def definition(self) -> str:
+        """What the label stands for; truth values are kept as integers."""
+        integer = f'opaque("{self.name}", {f"number({self.text})" if self.truth else self.text})'
+        return f"unequal({integer}, 0)" if self.truth else integer
+
+    @property
+    def stored(self) -> str:
+        """The value as it is stored for each lane."""
+        return f"number({self.label})" if self.truth else self.label
+
+    @property
+    def restored(self) -> str:
+        """The value as a mask reads it back."""
+        return f"unequal({self.label}_of[at], 0)" if self.truth else f'let("{self.name}", {self.label}_of[at])'
+
 
 @dataclass(frozen=True)
 class TableArgument:
@@ -99,8 +115,8 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
         strided=strided,
         prefetch_rows=not strided and kernel["row"] is None and kernel["pack"] == 1,
         tables=code.tables,
-        scalars=code.scalars,
-        rows=code.rows,
+        program_lets=code.scalars,
+        row_lets=code.rows,
         row=code.row,
         kept=list(kept.values()),
         keeps_column=any(segment.reads.column for segment in segments),

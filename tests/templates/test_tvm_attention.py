@@ -1,0 +1,99 @@
+"""The rendered builder code: what the templates decide, and what they leave out."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from spgen.errors import UnsupportedError
+from spgen.target import Target
+from spgen.templates.tvm.attention import attention_source
+from spgen.templates.tvm.schedule import isa_of, key_rows, schedule, scratch_size, value_rows
+from tests.kernel_cases import CASES, causal, causal_parts, let, packed_causal, program, scalar_offset, segment
+
+AVX512 = Target(kind="cpu", name="test", arch="x86-64-v4", isa="avx512", simd=16, registers=32)
+AVX2 = Target(kind="cpu", name="test", arch="x86-64-v3", isa="avx2", simd=8, registers=16)
+
+
+def functions(source: str) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("strided", [False, True])
+def test_rendered_code_is_python_and_quotes_its_kernel(name: str, strided: bool) -> None:
+    kernel = CASES[name](64, 64).kernel
+    source = attention_source(kernel, AVX512, strided=strided)
+    assert "attention" in functions(source)
+    assert str(kernel) in (ast.get_docstring(ast.parse(source), clean=False) or "")
+    assert "\n\n\n\n" not in source
+    assert all(line == line.rstrip() for line in source.splitlines())
+
+
+def test_rendering_is_deterministic() -> None:
+    assert attention_source(causal(64, 64).kernel, AVX512) == attention_source(causal(64, 64).kernel, AVX512)
+
+
+def test_absent_parts_leave_no_trace() -> None:
+    source = attention_source(scalar_offset(64, 64).kernel, AVX512)
+    assert 'T.arg("q_offset", T.int32())' in source
+    assert '"lse"' not in source
+    assert "kv_lengths[b]" not in source
+    assert "column_of" not in source
+
+
+def test_a_mask_keeps_what_it_reads() -> None:
+    kernel = program(
+        let("near", "i - 3", "row"), let("odd", "r % 2 == 1", "row"), segment("0", "9", mask="odd & (c < i)")
+    )
+    source = attention_source(kernel, AVX512)
+    assert "near_of" not in source
+    assert "odd_of = cells" in source
+    assert "column_of = cells" in source
+
+
+def test_one_copy_of_the_matrix_products_for_all_segments() -> None:
+    many = program(*(segment(str(64 * n), str(64 * n + 64), name=f"run{n}") for n in range(9)))
+    source = attention_source(many, AVX512)
+    assert source.count("query[g] * key") == 1
+    assert source.count("weight[g] * value") == 1
+
+
+def test_names_of_lets_do_not_clash_with_the_template() -> None:
+    clashing = ("scratch", "for", "end_1", "i_of", "x")
+    lets = [let(name, "tile + 1") for name in clashing]
+    source = attention_source(program(*lets, segment("0", " + ".join(clashing))), AVX512)
+    assert 'stop_1 = opaque("stop_1", scratch_ + for_ + end_1_ + i_of_ + x_)' in source
+
+
+def test_a_row_of_the_isa_table_decides_the_tile() -> None:
+    source = attention_source(program(*causal_parts(32), block_m=32), AVX2)
+    assert "LANES = 8" in source
+    assert "scalef" not in source
+    assert schedule(64, 64, AVX2)["block_m"] == 32
+
+
+@pytest.mark.parametrize(("value_dim", "rows"), [(64, 4), (80, 5), (50, 5), (7, 6), (128, 6), (1, 6)])
+def test_register_tiles(value_dim: int, rows: int) -> None:
+    kernel = program(segment("0", "9"), value_dim=value_dim)
+    assert key_rows(kernel, isa_of(AVX512)) == 4
+    assert value_rows(kernel, isa_of(AVX512)) == rows
+    assert scratch_size(kernel, AVX512) == (64 + value_dim + 64) * 64
+
+
+def test_the_schedule_overrides_register_tiles() -> None:
+    kernel = program(segment("0", "9"), options=["key_rows=6", "value_rows=3"])
+    assert (key_rows(kernel, isa_of(AVX512)), value_rows(kernel, isa_of(AVX512))) == (6, 3)
+    assert scratch_size(kernel, AVX512) == (64 + 64 + 66) * 64
+
+
+def test_packed_heads_share_a_tile() -> None:
+    source = attention_source(packed_causal(64, 64).kernel, AVX512)
+    assert "PACK = 3" in source
+    assert "(at < ROWS * PACK)" in source
+
+
+def test_only_float32() -> None:
+    with pytest.raises(UnsupportedError, match="float16"):
+        attention_source(program(segment("0", "9"), dtype="float16"), AVX512)
