@@ -102,3 +102,11 @@ def test_compiled_with_inductor() -> None:
     attend = sp.attention(KINDS["streaming"])
     compiled = torch.compile(lambda q, k, v: attend(q * 2, k, v) + 1, fullgraph=True)
     torch.testing.assert_close(compiled(q, k, v), attend(q * 2, k, v) + 1, atol=2e-2, rtol=2e-2)
+
+
+def test_autocast_is_that_of_scaled_dot_product_attention() -> None:
+    q, k, v = tensors(LENGTH, torch.float32)
+    with torch.autocast("cuda", dtype=torch.float16):
+        out = sp.attention(KINDS["streaming"])(q, k, v)
+    assert out.dtype == torch.float16
+    torch.testing.assert_close(out.float(), sp.attention(KINDS["streaming"])(q, k, v), atol=5e-3, rtol=5e-3)

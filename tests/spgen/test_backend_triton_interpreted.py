@@ -13,9 +13,11 @@ import torch
 from spgen.backends import triton as backend
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
-from spgen.settings import triton_interpreted
+from spgen.settings import override, triton_interpreted
 from spgen.target import Target
+from tests.agreement import assert_agrees
 from tests.kernel_cases import CASES, Case, causal
+from tests.kinds import KINDS, LENGTH
 
 pytestmark = pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1")
 CPU = Target.of("cpu")
@@ -95,3 +97,12 @@ def test_nothing_to_do() -> None:
     case = causal(32, 32)
     case.q = case.q[:, :, :0]
     run(case)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_calls(kind: str) -> None:
+    """Every kind of pattern, from the language to the result."""
+    q = torch.randn(1, 4, LENGTH, 16)
+    k, v = (torch.randn(1, 2, LENGTH, 16) for _ in range(2))
+    with override(backend="triton"):
+        assert_agrees(KINDS[kind], q, k, v, tolerance=1e-5)

@@ -221,3 +221,8 @@ def test_what_is_no_pattern() -> None:
         sp.attention(STREAMING, scale=float("nan"))
     with pytest.raises(UnsupportedError, match="dense"):
         sp.attention(STREAMING, dense="auto")
+
+
+def test_autocast_is_that_of_scaled_dot_product_attention() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UnsupportedError, match="bfloat16 on the CPU"):
+        sp.attention(STREAMING)(*tensors())
