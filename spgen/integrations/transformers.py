@@ -80,6 +80,12 @@ def _choose_spgen(model: Module) -> list[tuple[Any, str]]:
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation != NAME:
             before.append((module, module.config._attn_implementation))
             module.set_attn_implementation(NAME)
+            if module.config._attn_implementation != NAME:
+                raise UnsupportedError(
+                    "model", given=f"{type(module).__name__}, which brings its own attention",
+                    allowed="models that use transformers' AttentionInterface",
+                    remedy="a later version of transformers may know this model; 5.0 is the oldest that spgen supports",
+                )  # fmt: skip
     return before
 
 

@@ -162,6 +162,12 @@ def test_a_pattern_is_a_pattern() -> None:
         use_pattern(encoder(), torch.ones(3, 3))  # type: ignore[arg-type]
 
 
+def test_a_model_with_its_own_attention_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.BertModel, "_can_set_attn_implementation", classmethod(lambda cls: False))
+    with pytest.raises(UnsupportedError, match="model: got BertModel"):
+        use_pattern(encoder(), sp.dense())
+
+
 def test_a_copy_keeps_the_pattern() -> None:
     model, row = encoder(), tokens()
     use_pattern(model, sp.window(3, 3))
