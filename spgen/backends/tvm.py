@@ -57,11 +57,9 @@ class AttentionKernel:
     @property
     def source(self) -> str:
         """The rendered builder code."""
-        return (
-            self.path.read_text(encoding="utf-8")
-            if self.path
-            else render_source(self.kernel, self.target, strided=False)
-        )
+        if self.path is None:
+            return render_source(self.kernel, self.target, strided=False)
+        return self.path.read_text(encoding="utf-8")
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
@@ -99,4 +97,4 @@ class AttentionKernel:
 
 
 def _int32(value: int | Tensor | None) -> int | Tensor | None:
-    return value.int() if isinstance(value, Tensor) else value
+    return value.int().contiguous() if isinstance(value, Tensor) else value

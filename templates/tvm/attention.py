@@ -167,16 +167,18 @@ class _Code:
         return TableArgument(op["name"], label, _HEADS[op["heads"]])
 
     def _let(self, op: Op) -> Value:
-        name = op["name"]
-        label = f"{name}_" if _is_taken(name) else name
+        """A let; from here on its name means this one, even if another had the name before."""
+        name = label = op["name"]
+        while _is_taken(label) or label in self.names.values():
+            label += "_"
         value = Value(name, label, self.text(op["value"]), is_truth(op["value"], self.booleans))
         self.names[name] = label
         self.ranges[name] = value_range(op["value"], self.ranges)
-        if value.truth:
-            self.booleans.add(name)
+        (self.booleans.add if value.truth else self.booleans.discard)(name)
         return value
 
     def _reads(self, mask: Expr | None) -> Reads:
         used = frozenset() if mask is None else free_variables(mask)
         of_rows = (*(Value(name, name) for name in ROW_VARIABLES), *self.rows)
-        return Reads(tuple(value for value in of_rows if value.name in used), "c" in used, "p" in used)
+        labels = {self.names[name] for name in used}
+        return Reads(tuple(value for value in of_rows if value.label in labels), "c" in used, "p" in used)

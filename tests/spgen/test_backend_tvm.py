@@ -19,7 +19,7 @@ from spgen.errors import CacheWarning, CompileError, ToolchainError, Unsupported
 from spgen.ir.kernel import KERNEL
 from spgen.settings import override
 from spgen.target import Target
-from tests.kernel_cases import CASES, Case, causal, causal_parts, dense, packed_causal, program, segment, tensors
+from tests.kernel_cases import CASES, Case, causal, causal_parts, dense, let, packed_causal, program, segment, tensors
 from tests.kernel_oracle import masked_attention
 
 pytest.importorskip("tvm")
@@ -102,6 +102,17 @@ def test_last_strides_other_than_one() -> None:
     check(case)
     case.q = case.q.mT.contiguous().mT
     check(case)
+
+
+def test_a_let_may_take_the_name_of_an_earlier_one() -> None:
+    parts = [
+        let("stop", "tile + 6"),
+        let("near", "i - stop", "row"),
+        let("stop", "stop + 3 < 9"),
+        let("near", "near < 5", "row"),
+        segment("0", "select(stop, kv_len, 7)", mask="near | (j < 2)"),
+    ]
+    check(Case(program(*parts, block_m=BLOCK_M), *tensors(1, 1, 1, 150, 40)))
 
 
 def test_broadcast_and_aliased_inputs() -> None:
