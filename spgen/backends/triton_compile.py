@@ -113,19 +113,24 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
     from triton.runtime.errors import PTXASError
 
     stages, registers = option(kernel, "stages", 2), _register_cap(kernel)
-    # ptxas crashes on a few programs, which other stages turn into programs that it takes
+    shared = 0
+    # ptxas crashes on a few programs, which other stages turn into programs that it takes; masks that read many tables
+    # need shared memory of their own, which fewer stages leave them
     for choice in ((stages, registers), (stages + 1, 0), (1, 0)):
+        if shared and choice[0] >= stages:
+            continue
         with suppress(PTXASError), redirect_stdout(StringIO()):  # Triton prints the whole program
             built = _compile(kernel, source, variant, target, *choice)
-            if built.metadata.shared <= target.smem_bytes:
+            shared = built.metadata.shared
+            if shared <= target.smem_bytes:
                 return built
-            if choice[0] <= stages:
-                raise CompileError(
-                    f"tile {kernel['block_m']} x {kernel['block_n']}",
-                    given=f"{built.metadata.shared} bytes of shared memory",
-                    allowed=f"at most {target.smem_bytes} on {target.arch}",
-                    remedy="choose smaller tiles or fewer stages",
-                )
+    if shared:
+        raise CompileError(
+            f"tile {kernel['block_m']} x {kernel['block_n']}",
+            given=f"{shared} bytes of shared memory",
+            allowed=f"at most {target.smem_bytes} on {target.arch}",
+            remedy="choose smaller tiles",
+        )
     raise CompileError(
         f"{source}", given="a program that ptxas crashes on", remedy="choose another schedule, and report this pattern"
     )
@@ -191,8 +196,10 @@ def _type(kernel: Op, parameter: attention.Parameter, variant: Variant) -> str:
     if parameter.type == "data":
         return f"*{dtype}"
     if parameter.type == "desc":
-        width = kernel["head_dim"] if parameter.name == "k_blocks" else kernel["value_dim"]
-        box = f"tensordesc<{dtype}[1, 1, {kernel['block_n']}, {attention.padded(width)}]>"
+        keys = parameter.name == "k_blocks"
+        lanes = attention.padded(kernel["head_dim"])
+        lanes = lanes if keys else attention.value_lanes(kernel["value_dim"], kernel["dtype"])
+        box = f"tensordesc<{dtype}[1, 1, {kernel['block_n']}, {lanes}]>"
         return box if variant.tma else "constexpr"
     if parameter.type == "*index":
         return f"*{variant.q_offset if parameter.name == 'q_offset' else variant.kv_lengths}"

@@ -104,7 +104,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "head_dim": kernel["head_dim"],
         "value_dim": kernel["value_dim"],
         "head_lanes": padded(kernel["head_dim"]),
-        "value_lanes": padded(kernel["value_dim"]),
+        "value_lanes": value_lanes(kernel["value_dim"], kernel["dtype"]),
         "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
         "pack": kernel["pack"],
@@ -147,6 +147,15 @@ def check(kernel: Op) -> None:
 def padded(channels: int) -> int:
     """Lanes that hold this many channels: the next power of two."""
     return max(SMALLEST_TILE, 1 << (channels - 1).bit_length())
+
+
+def value_lanes(channels: int, dtype: str) -> int:
+    """Lanes of a row of v: at least 128 bytes.
+
+    Triton 3.6 lays narrower rows out in shared memory so that wgmma reads beside them (wrong results, and reads out of
+    bounds, for 16 and 32 half-precision channels that come through masked loads).
+    """
+    return max(padded(channels), 32 if dtype == "float32" else 64)
 
 
 def _expressions(kernel: Op) -> Iterator[Expr]:

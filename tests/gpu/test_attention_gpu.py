@@ -35,6 +35,14 @@ def test_head_sizes(dims: tuple[int, int], dtype: torch.dtype) -> None:
     assert_agrees(KINDS["streaming"], q, k, v, tolerance=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dims", [(64, 16), (128, 16), (128, 32), (256, 16), (32, 128)])
+@pytest.mark.parametrize("kind", ["tokens", "odd blocks", "everything"])
+def test_narrow_values_behind_masks(kind: str, dims: tuple[int, int]) -> None:
+    q, k, _ = tensors(LENGTH, torch.bfloat16, dims[0], batch=1)
+    v = torch.randn(1, 2, LENGTH, dims[1], device="cuda", dtype=torch.bfloat16)
+    assert_agrees(KINDS[kind].to("cuda"), q, k, v, tolerance=4e-2)
+
+
 @pytest.mark.parametrize("group", [1, 3, 7])
 @pytest.mark.parametrize("q_len", [1, 5, 300])
 def test_groups_of_any_size(group: int, q_len: int) -> None:

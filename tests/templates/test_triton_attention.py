@@ -88,3 +88,9 @@ def test_row_vectors_are_refused_outside_masks() -> None:
 @pytest.mark.parametrize(("channels", "lanes"), [(1, 16), (16, 16), (17, 32), (80, 128), (96, 128), (192, 256)])
 def test_lanes(channels: int, lanes: int) -> None:
     assert attention.padded(channels) == lanes
+
+
+@pytest.mark.parametrize(("dtype", "lanes"), [("bfloat16", 64), ("float16", 64), ("float32", 32)])
+def test_rows_of_v_are_at_least_128_bytes(dtype: str, lanes: int) -> None:
+    assert attention.value_lanes(16, dtype) == lanes
+    assert attention.value_lanes(80, dtype) == 128
