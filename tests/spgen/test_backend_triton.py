@@ -102,7 +102,15 @@ def test_compiles_ahead_of_time(arch: str, name: str, dtype: str, head_dim: int)
         assert sum(argument.type == "desc" for argument in arguments(kernel, variant)) == 2
 
 
-def test_a_tile_that_does_not_fit_is_an_error() -> None:
+def test_stages_give_way_to_shared_memory() -> None:
     kernel = with_attributes(causal(128, 128).kernel, dtype="float16", head_dim=256, options=("warps=8", "stages=3"))
+    target = Target.of("sm_86")
+    built = compile_variant(kernel, source_path(kernel), Variant(aligned=True), target)
+    assert built.metadata.num_stages == 1
+    assert built.metadata.shared <= target.smem_bytes
+
+
+def test_a_tile_that_does_not_fit_is_an_error() -> None:
+    kernel = with_attributes(causal(256, 128).kernel, dtype="float16", head_dim=256, options=("warps=8", "stages=2"))
     with pytest.raises(CompileError, match="shared memory"):
         compile_variant(kernel, source_path(kernel), Variant(aligned=True), Target.of("sm_86"))
