@@ -64,7 +64,6 @@ def _check_names(op: Op) -> SpgenError | None:
 
 KERNEL = Dialect(
     "kernel",
-    "program",
     {
         # A tensor of the plan: int32, [B or 1, heads, rows, columns], innermost contiguous.
         "table": OpDef({"name": "str", "heads": "str"}, check=_check_table),

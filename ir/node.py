@@ -101,7 +101,6 @@ class Dialect:
     """One level of the IR: its name and its operations."""
 
     name: str
-    result: str
     ops: Mapping[str, OpDef]
 
     def make(self, kind: str, /, *operands: Op, **attrs: Attribute) -> Op:

@@ -146,11 +146,8 @@ def _check_per_head(op: Op) -> SpgenError | None:
     return None if op.operands else PatternError("per_head", given="no patterns", allowed="one pattern for each head")
 
 
-_index = {"index": "slot"}
-
 PATTERN = Dialect(
     "pattern",
-    "set",
     {
         "dense": OpDef(),
         "causal": OpDef(),
@@ -172,7 +169,7 @@ PATTERN = Dialect(
             operands=None,
             check=_check_block,
         ),
-        "columns": OpDef(_index, check=lambda op: _slot(op, "index", INTEGERS, 1, 2, 3)),
+        "columns": OpDef({"index": "slot"}, check=lambda op: _slot(op, "index", INTEGERS, 1, 2, 3)),
         "diagonals": OpDef({"offsets": "slot"}, check=lambda op: _slot(op, "offsets", INTEGERS, 1, 2, 3)),
         "vertical_slash": OpDef(
             {"columns": "slot?", "offsets": "slot?", "vertical": "int?", "slash": "int?", "scores": "str?"},

@@ -52,7 +52,6 @@ _TABLES = {
 
 TILES = Dialect(
     "tiles",
-    "program",
     {
         **{kind: OpDef({"name": "str", "heads": "str", **attrs}) for kind, attrs in _TABLES.items()},
         "segment": OpDef(

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from spgen.errors import UnsupportedError
-from spgen.ir.expr import TRUE, Expr, Range, free_variables, tables, value_range, walk
+from spgen.ir.expr import TRUE, Expr, free_variables, tables, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
 from spgen.ir.node import Op
+from spgen.ir.ranges import Range, value_range
 from spgen.templates.triton.expressions import COLUMN, ROW, Printed, print_expression
 
 ENTRY = "attention"  # the kernel's name in the rendered module

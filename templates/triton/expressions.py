@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from spgen.ir.expr import Expr, Range, operands, value_range, walk
+from spgen.ir.expr import Expr, operands, walk
+from spgen.ir.ranges import Range, value_range
 
 ROW, COLUMN = "[:, None]", "[None, :]"
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from spgen.ir.expr import Expr, Range, free_variables, value_range
+from spgen.ir.expr import Expr, free_variables
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, ROW_VARIABLES, parts
 from spgen.ir.node import Op
+from spgen.ir.ranges import Range, value_range
 from spgen.target import Target
 from spgen.templates.render import render
 from spgen.templates.tvm.expressions import builder_text, is_truth

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from spgen.errors import CompileError
-from spgen.ir.expr import Expr, Range, const, operands, value_range
+from spgen.ir.expr import Expr, const, operands
+from spgen.ir.ranges import Range, value_range
 
 _INFIX = {
     "or": ("|", 1), "xor": ("^", 2), "and": ("&", 3), "shl": ("<<", 5), "shr": (">>", 5), "add": ("+", 6),

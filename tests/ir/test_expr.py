@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from spgen.errors import TextError
 from spgen.ir import expr
-from spgen.ir.expr import FALSE, TRUE, Expr, const, evaluate, read, rebuild, substitute, value_range, var, walk
+from spgen.ir.expr import FALSE, TRUE, Expr, const, evaluate, read, rebuild, substitute, var, walk
+from spgen.ir.ranges import value_range
 from tests.ir.expressions import CONDITIONS, ENVIRONMENTS, INTEGERS, NAMES, Both, with_tables
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
