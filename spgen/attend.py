@@ -31,16 +31,30 @@ class Plan:
 
     `tables` are int32 [batch or 1, heads, rows, columns]; their meaning is that of the level-2 program, which
     `spgen explain --ir` prints. `key` is what the plan was made for: the pattern's text, the shapes of q and k, their
-    dtype and device.
+    dtype and device, a number given as q_offset, and whether q_offset and kv_lengths were tensors.
     """
 
     tables: list[Tensor]
-    key: tuple[str, torch.Size, torch.Size, torch.dtype, torch.device]
+    key: tuple[Any, ...]
 
     @property
     def nbytes(self) -> int:
         """Device memory that the tables take, in bytes."""
         return sum(table.nbytes for table in self.tables)
+
+
+_KEY_FIELDS = (
+    "pattern", "shape of q", "shape of k", "dtype", "device", "q_offset", "no q_offset tensor", "no kv_lengths"
+)  # fmt: skip
+
+
+def _refuse_plan(plan: Plan, wanted: tuple[Any, ...]) -> None:
+    fields = zip(_KEY_FIELDS, plan.key, wanted, strict=True)
+    name, made, asked = next(field for field in fields if field[1] != field[2])
+    raise PlanError(
+        f"plan: {name}", given=str(made), allowed=str(asked),
+        remedy="make a plan with this call's arguments: attend.plan(q, k, …)",
+    )  # fmt: skip
 
 
 class Attention:
@@ -101,14 +115,16 @@ class Attention:
 
         Raises ShapeError, DtypeError, DeviceError, DataError, PlanError or UnsupportedError, naming the argument.
         """
-        if plan is not None and plan.key != (self._text, q.shape, k.shape, q.dtype, q.device):
-            self._refuse_plan(plan, q, k)
+        start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
+        if plan is not None:
+            wanted = (self._text, q.shape, k.shape, q.dtype, q.device, start, offsets is None, kv_lengths is None)
+            if plan.key != wanted:
+                _refuse_plan(plan, wanted)
         if check:
             check_data(
                 self.pattern.node, self.pattern.data, q_len=q.shape[2], kv_len=k.shape[2], q_heads=q.shape[1],
                 kv_heads=k.shape[1], batch=q.shape[0],
             )  # fmt: skip
-        start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
         results: tuple[Tensor, Tensor] = call(
             q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
@@ -130,15 +146,8 @@ class Attention:
         """
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         tables = torch.ops.spgen.plan(q, k, self._data, self._text, offsets, start, kv_lengths)
-        return Plan(list(tables), (self._text, q.shape, k.shape, q.dtype, q.device))
-
-    def _refuse_plan(self, plan: Plan, q: Tensor, k: Tensor) -> None:
-        wanted = (self._text, q.shape, k.shape, q.dtype, q.device)
-        names = ("pattern", "shape of q", "shape of k", "dtype", "device")
-        name, made, asked = next(each for each in zip(names, plan.key, wanted, strict=True) if each[1] != each[2])
-        raise PlanError(
-            f"plan: {name}", given=str(made), allowed=str(asked), remedy="make a plan for this call: attend.plan(q, k)"
-        )
+        key = (self._text, q.shape, k.shape, q.dtype, q.device, start, offsets is None, kv_lengths is None)
+        return Plan(list(tables), key)
 
     def explain(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spgen.compile import Compiled, Request, compiled, is_packed, lowered
 from spgen.data import check_shapes
-from spgen.errors import DeviceError, DtypeError, GradientError, ShapeError, UnsupportedError
+from spgen.errors import DeviceError, DtypeError, GradientError, PlanError, ShapeError, UnsupportedError
 from spgen.ir.kernel import parts
 from spgen.ir.pattern import read_short
 from spgen.ir.tiles import table_ops
@@ -86,6 +86,8 @@ def attention(
     ready = _ready.get(key)
     if ready is None:
         ready = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
+        if plan:
+            _check_tiles(ready.compiled)
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
         _ready[key] = ready
@@ -157,6 +159,17 @@ def _prepare(
     idle = 0 in (*q.shape, k.shape[2])
     starts_empty = idle or done.lowered.kernel["row"] is not None
     return _Ready(done, None if idle else done.kernel, bool(names), read, starts_empty, 1 / math.sqrt(q.shape[3]))
+
+
+def _check_tiles(done: Compiled) -> None:
+    """A plan is made for values as wide as keys; other widths may choose other tiles, whose tables differ."""
+    call = done.request.call
+    planned = lowered(replace(done.request, call=replace(call, value_dim=call.head_dim, lse=False))).program
+    if table_ops(planned) != table_ops(done.lowered.program):
+        raise PlanError(
+            "plan", given=f"one for values of size {call.head_dim}, and v of size {call.value_dim}",
+            allowed="tiles that agree", remedy="call without plan=",
+        )  # fmt: skip
 
 
 def _request(

@@ -117,6 +117,24 @@ def test_a_plan_knows_what_it_is_for() -> None:
         sp.attention(sp.columns(torch.tensor([3])))(q, k, v, plan=plan)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"q_offset": 3}, "plan: q_offset"),
+        ({"q_offset": torch.tensor([3])}, "plan: no q_offset tensor"),
+        ({"kv_lengths": torch.tensor([30])}, "plan: no kv_lengths"),
+    ],
+)
+def test_a_plan_is_for_its_positions(options: dict[str, object], match: str) -> None:
+    pattern = sp.causal() & sp.columns(torch.tensor([3, 9]))
+    q, k, v = tensors()
+    attend = sp.attention(pattern)
+    with pytest.raises(PlanError, match=match):
+        attend(q, k, v, plan=attend.plan(q, k), **options)  # type: ignore[call-overload]
+    out = attend(q, k, v, plan=attend.plan(q, k, **options), **options)  # type: ignore[call-overload, arg-type]
+    torch.testing.assert_close(out, attend(q, k, v, **options), atol=0, rtol=0)  # type: ignore[call-overload]
+
+
 def test_the_result_has_the_layout_of_q() -> None:
     q, k, v = tensors()
     strided = q.transpose(1, 2).contiguous().transpose(1, 2)
