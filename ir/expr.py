@@ -10,10 +10,11 @@ templates. Integer `//` and `%` are floored everywhere.
     heads    heads(v0, v1, ...)    the value that belongs to the program's head
     tables   load(t, row, col)      the integer at [row, col] of table `t`
              bit(t, row, x)         bit `x % 32` of the word at [row, x // 32]
+             word(t, row, x)        the 32 bits from bit `x` on, the first lowest, as a signed integer
              count_le(t, row, x)    how many entries of the ascending list at row `row` are <= x
 
 Tables are the plan's tensors. Their batch and head are those of the kernel's program, hence not written. Outside a
-table `load` gives -1, `bit` false and `count_le` 0: an index is never read out of bounds.
+table `load` gives -1, `bit` false, `word` 0 for each bit and `count_le` 0: an index is never read out of bounds.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ ExprLike: TypeAlias = "Expr | int | bool"
 
 _BOOLEAN = {"lt", "le", "eq", "ne", "bit"}
 _SAME_AS_OPERANDS = {"and", "or", "xor", "not", "select"}
-_TABLE = {"load", "bit", "count_le"}
+_TABLE = {"load", "bit", "word", "count_le"}
 COMMUTATIVE = {"add", "mul", "min", "max", "and", "or", "xor", "eq", "ne"}
 
 
@@ -204,6 +205,11 @@ def load(table: str, row: ExprLike, col: ExprLike) -> Expr:
 def bit(table: str, row: ExprLike, x: ExprLike) -> Expr:
     """Bit `x` of a table's row."""
     return Expr("bit", (table, as_expr(row), as_expr(x)))
+
+
+def word(table: str, row: ExprLike, x: ExprLike) -> Expr:
+    """The 32 bits of a table's row from bit `x` on."""
+    return Expr("word", (table, as_expr(row), as_expr(x)))
 
 
 def count_le(table: str, row: ExprLike, x: ExprLike) -> Expr:
@@ -415,7 +421,7 @@ def substitute(node: Expr, values: Mapping[str, ExprLike]) -> Expr:
 
 
 def evaluate(node: Expr, env: Mapping[str, Any], operations: Mapping[str, Callable[..., Any]] = _PYTHON) -> Any:
-    """The value of `node`: variables from `env`, each operation (and load, bit, count_le) from `operations`.
+    """The value of `node`: variables from `env`, each operation (and load, bit, word, count_le) from `operations`.
 
     With the default operations values are Python integers; tensor libraries pass their own table.
     """

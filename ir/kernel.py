@@ -8,15 +8,26 @@ mask; the rest of the run is masked. The bounds satisfy start <= full_start <= f
 Expressions speak of these variables (scalars per program unless said otherwise):
 
     b, hk, h        sequence, key head, query head (`h` does not exist when heads are packed)
-    tile            index of the row tile
+    tile            index of the row tile in its sequence
     q_len, kv_len   rows of the call; keys of this sequence
     q_offset        position of row 0
+    q_start, k_start   the sequence's first row and key in a packed batch, else 0
     n_heads, group  query heads; query heads per key head
     s, r, i         vectors over the tile's rows: slot, row of the call, position
     p, c, j         vectors over the tile's columns: position in the run, column, key
     any let         defined earlier, a scalar or a vector over rows
 
 and of tables, whose axes are [batch, head, row, column] with batch and head broadcast.
+
+The score of a pair is s = scale * (q . k), then softcap * tanh(s / softcap), then s + bias[b, h, j] ("key") or
+s - slope[b, h] * |i - j| ("alibi"); with `sinks` the denominator of the softmax, whose logarithm is the log-sum-exp,
+also holds exp(sink[h]).
+
+With `cu_seqlens` the batch is packed: q is [1, Hq, T, D], k and v [1, Hk, Tk, .], and sequence `b` has the rows
+cu_q[b] ... cu_q[b + 1] - 1, likewise its keys. All variables are local to the sequence. The row tiles are numbered by
+slots: with R = block_m // pack, tile `tile` of sequence `b` is slot q_start // R + b + 1 + tile, and there are
+T // R + N + 2 of them. What lies before cu_q[0] is sequence -1, what lies behind cu_q[N] sequence N; neither has keys.
+Boundaries are clamped to 0 ... T before use.
 """
 
 from __future__ import annotations
@@ -25,11 +36,12 @@ from spgen.errors import SpgenError
 from spgen.ir.expr import Expr, free_variables, tables
 from spgen.ir.node import Dialect, Op, OpDef
 
-PROGRAM_VARIABLES = ("b", "hk", "h", "tile", "q_len", "kv_len", "q_offset", "n_heads", "group")
+PROGRAM_VARIABLES = ("b", "hk", "h", "tile", "q_len", "kv_len", "q_offset", "q_start", "k_start", "n_heads", "group")
 ROW_VARIABLES = ("s", "r", "i")
 COLUMN_VARIABLES = ("p", "c", "j")
 HEAD_KINDS = ("one", "kv", "q")
 OFFSETS = ("default", "scalar", "tensor")
+BIASES = ("none", "key", "alibi")
 
 
 def _check_table(op: Op) -> SpgenError | None:
@@ -41,6 +53,8 @@ def _check_table(op: Op) -> SpgenError | None:
 def _check_attention(op: Op) -> SpgenError | None:
     if op["q_offset"] not in OFFSETS:
         return SpgenError("q_offset", given=op["q_offset"], allowed=", ".join(OFFSETS))
+    if op["bias"] not in BIASES:
+        return SpgenError("bias", given=op["bias"], allowed=", ".join(BIASES))
     return _check_names(op)
 
 
@@ -81,8 +95,8 @@ KERNEL = Dialect(
         "attention": OpDef(
             {
                 "dtype": "str", "head_dim": "int", "value_dim": "int", "block_m": "int", "block_n": "int",
-                "pack": "int", "q_offset": "str", "kv_lengths": "bool", "lse": "bool", "row": "expr?",
-                "options": "strs",
+                "pack": "int", "q_offset": "str", "kv_lengths": "bool", "cu_seqlens": "bool", "softcap": "bool",
+                "sinks": "bool", "bias": "str", "lse": "bool", "row": "expr?", "options": "strs",
             },
             operands=None,
             check=_check_attention,

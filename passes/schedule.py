@@ -29,6 +29,10 @@ class Call:
     q_offset: str = "default"
     kv_lengths: bool = False
     lse: bool = False
+    cu_seqlens: bool = False
+    softcap: bool = False
+    sinks: bool = False
+    bias: str = "none"
 
 
 def schedule(program: Op, call: Call, pack: int, options: Sequence[str]) -> Op:
@@ -40,7 +44,8 @@ def schedule(program: Op, call: Call, pack: int, options: Sequence[str]) -> Op:
     return KERNEL.make(
         "attention", *tables, *lets, *runs,
         dtype=call.dtype, head_dim=call.head_dim, value_dim=call.value_dim, block_m=program["block_m"],
-        block_n=program["block_n"], pack=pack, q_offset=call.q_offset, kv_lengths=call.kv_lengths, lse=call.lse,
+        block_n=program["block_n"], pack=pack, q_offset=call.q_offset, kv_lengths=call.kv_lengths,
+        cu_seqlens=call.cu_seqlens, softcap=call.softcap, sinks=call.sinks, bias=call.bias, lse=call.lse,
         row=program["row"], options=tuple(options),
     )  # fmt: skip
 

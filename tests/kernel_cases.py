@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from tests.kernel_oracle import Expected, interpret
@@ -32,6 +33,7 @@ class Case:
     q_offset: int | torch.Tensor | None = None
     kv_lengths: torch.Tensor | None = None
     scale: float = field(default=0.0)
+    extras: Extras = NO_EXTRAS
 
     def __post_init__(self) -> None:
         self.scale = self.scale or 1 / math.sqrt(self.q.shape[-1])
@@ -39,7 +41,7 @@ class Case:
     def expected(self) -> Expected:
         return interpret(
             self.kernel, self.q, self.k, self.v, self.tables,
-            q_offset=self.q_offset, kv_lengths=self.kv_lengths, scale=self.scale,
+            q_offset=self.q_offset, kv_lengths=self.kv_lengths, scale=self.scale, extras=self.extras,
         )  # fmt: skip
 
 
@@ -47,7 +49,8 @@ def program(*parts: tuple[str, dict[str, Any]], **attention: Any) -> Op:
     """A kernel, written as text and read back; `parts` are ("table" | "let" | "segment", attributes)."""
     defaults = {
         "dtype": "float32", "head_dim": 64, "value_dim": 64, "block_m": 64, "block_n": 64, "pack": 1,
-        "q_offset": "default", "kv_lengths": False, "lse": True, "options": [],
+        "q_offset": "default", "kv_lengths": False, "cu_seqlens": False, "softcap": False, "sinks": False,
+        "bias": "none", "lse": True, "options": [],
     }  # fmt: skip
     lines = [_line(n, f"kernel.{kind}", 0, attrs) for n, (kind, attrs) in enumerate(parts)]
     lines.append(_line(len(parts), "kernel.attention", len(parts), {**defaults, **attention}))
@@ -275,10 +278,130 @@ def spilled_list(block_m: int, block_n: int) -> Case:
     return Case(program(*parts, block_m=block_m, block_n=block_n), q, k, v, (columns, empty))
 
 
+def words(block_m: int, block_n: int) -> Case:
+    """Diagonals as bits: 32 of them are read at once for each column, beyond both ends of the table as well."""
+    q, k, v = tensors(1, 4, 2, 150, 130)
+    bits = torch.randint(-(2**31), 2**31, (1, 2, 1, 8), generator=torch.Generator().manual_seed(7)).int()
+    lane = f"(s - tile * {block_m})"
+    reads = [f"word(bits, 0, tile * {block_m} + {32 * n} - j + 90)" for n in range(-(-block_m // 32))]
+    chosen = reads[-1]
+    for n, read in reversed(list(enumerate(reads[:-1]))):
+        chosen = f"select({lane} < {32 * n + 32}, {read}, {chosen})"
+    run = segment("0", "kv_len", mask=f"({chosen} >> ({lane} % 32) & 1) != 0")
+    return Case(program(table("bits", "kv"), run, block_m=block_m, block_n=block_n), q, k, v, (bits,))
+
+
+def capped_scores(block_m: int, block_n: int) -> Case:
+    """softcap * tanh(score / softcap), where scores are large; a negative scale."""
+    q, k, v = tensors(1, 4, 2, 90, 120)
+    kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, softcap=True)
+    return Case(kernel, 9 * q, k, v, scale=-0.3, extras=Extras(softcap=4.0))
+
+
+def sink_logits(block_m: int, block_n: int) -> Case:
+    """A learned logit in each head's denominator, far below and above the scores; rows without keys have it alone."""
+    q, k, v = tensors(2, 4, 2, 120, 70)
+    kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, sinks=True)
+    return Case(kernel, q, k, v, extras=Extras(sink_logits=torch.tensor([0.0, -30.0, 45.0, 1.5])))
+
+
+def biased_keys(block_m: int, block_n: int) -> Case:
+    """A bias per key and query head, -inf among it (whole rows too); everything at once with a packed group."""
+    q, k, v = tensors(2, 6, 2, 25, 140)
+    bias = torch.randn(2, 2, 3, 140, generator=torch.Generator().manual_seed(8))
+    bias[0, 1, :, ::3] = -math.inf
+    bias[1, 0, 2] = -math.inf
+    kernel = program(*causal_parts(block_m // 3), block_m=block_m, block_n=block_n, pack=3, bias="key", softcap=True)
+    return Case(kernel, q, k, v, extras=Extras(softcap=2.5, bias=bias))
+
+
+def shared_bias(block_m: int, block_n: int) -> Case:
+    """One bias for all heads and sequences (strides 0), with sinks."""
+    q, k, v = tensors(2, 4, 2, 70, 100)
+    bias = torch.randn(100, generator=torch.Generator().manual_seed(9)).expand(1, 2, 2, 100)
+    kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, bias="key", sinks=True)
+    return Case(kernel, q, k, v, extras=Extras(sink_logits=torch.tensor([1.0, 2.0, -1.0, 0.5]), bias=bias))
+
+
+def alibi(block_m: int, block_n: int) -> Case:
+    """A slope per head and sequence, rows before and behind the keys."""
+    q, k, v = tensors(2, 4, 1, 66, 80)
+    slopes = torch.rand(2, 4, generator=torch.Generator().manual_seed(10))
+    run = segment("0", "kv_len", full=("0", "kv_len"))
+    kernel = program(run, block_m=block_m, block_n=block_n, bias="alibi", q_offset="tensor")
+    return Case(kernel, q, k, v, q_offset=torch.tensor([30, -20]), extras=Extras(bias=slopes))
+
+
+def _packed(heads: int, kv_heads: int, head_dim: int = 64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Extras]:
+    """Seven sequences, some without rows or keys, as views of [T, H, D]; rows and keys at both ends are nobody's."""
+    cu_q = torch.tensor([3, 3, 80, 81, 200, 264, 264, 300], dtype=torch.int32)
+    cu_k = torch.tensor([5, 30, 130, 130, 260, 300, 350, 420], dtype=torch.int64)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors(1, heads, kv_heads, 307, 430, head_dim))
+    for x in (k, v):
+        x[:, :, :5] = x[:, :, 420:] = math.nan
+    return q, k, v, Extras(cu_q, cu_k)
+
+
+def packed_batch(block_m: int, block_n: int) -> Case:
+    """Sequences one behind the other, causal."""
+    q, k, v, extras = _packed(4, 2)
+    kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, cu_seqlens=True)
+    return Case(kernel, q, k, v, extras=extras)
+
+
+def packed_group(block_m: int, block_n: int) -> Case:
+    """Sequences one behind the other, the heads of a group in one tile, lengths and offsets of their own."""
+    q, k, v, extras = _packed(6, 2)
+    parts = causal_parts(block_m // 3)
+    attributes = {"pack": 3, "cu_seqlens": True, "q_offset": "tensor", "kv_lengths": True, "sinks": True}
+    kernel = program(*parts, block_m=block_m, block_n=block_n, **attributes)
+    extras = extras._replace(sink_logits=torch.randn(6, generator=torch.Generator().manual_seed(11)))
+    lengths, offsets = torch.tensor([25, 60, 9, 100, -1, 50, 70]), torch.tensor([0, 5, 9, -30, 3, 4, 60]).int()
+    return Case(kernel, q, k, v, kv_lengths=lengths, q_offset=offsets, extras=extras)
+
+
+def packed_lists(block_m: int, block_n: int) -> Case:
+    """A table with a row per slot, one with a row per sequence, and biases by packed key."""
+    q, k, v, extras = _packed(4, 4)
+    generator = torch.Generator().manual_seed(12)
+    slots = 307 // block_m + 7 + 2
+    starts = torch.randint(0, 40, (1, 4, slots, 1), generator=generator).int()
+    steps = torch.randint(1, 4, (7, 1, 1, 1), generator=generator).int()
+    parts = [
+        table("starts", "q"),
+        table("steps"),
+        let("slot", f"q_start // {block_m} + b + 1 + tile"),
+        segment(
+            "load(starts, slot, 0)", "max(kv_len, load(starts, slot, 0))",
+            mask="(j + k_start + i) % load(steps, 0, 0) == 0",
+        ),
+    ]  # fmt: skip
+    kernel = program(*parts, block_m=block_m, block_n=block_n, cu_seqlens=True, bias="key", softcap=True)
+    bias = torch.randn(1, 4, 1, 430, generator=generator)
+    return Case(kernel, q, k, v, (starts, steps), extras=extras._replace(softcap=3.0, bias=bias))
+
+
+def packed_alibi(block_m: int, block_n: int) -> Case:
+    """Slopes per sequence and head of a packed batch."""
+    q, k, v, extras = _packed(4, 2)
+    run = segment("0", "kv_len", full=("0", "kv_len"))
+    kernel = program(run, block_m=block_m, block_n=block_n, cu_seqlens=True, bias="alibi", q_offset="scalar")
+    slopes = torch.rand(7, 4, generator=torch.Generator().manual_seed(13))
+    return Case(kernel, q, k, v, q_offset=7, extras=extras._replace(bias=slopes))
+
+
 CASES: dict[str, Callable[[int, int], Case]] = {
     case.__name__: case
     for case in (
         dense, causal, causal_long_rows, packed_causal, window_and_sink, block_list, gathered_columns, permuted,
         arithmetic, lengths_and_offsets, scalar_offset, spilled_list,
+    )
+}  # fmt: skip
+# words of bits, score options and packed batches
+MORE_CASES: dict[str, Callable[[int, int], Case]] = {
+    case.__name__: case
+    for case in (
+        words, capped_scores, sink_logits, biased_keys, shared_bias, alibi, packed_batch, packed_group, packed_lists,
+        packed_alibi,
     )
 }  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.ir.expr import Expr, evaluate
 from spgen.ir.kernel import parts
 from spgen.ir.node import Op
@@ -31,6 +32,29 @@ class Expected:
     pairs: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence lies: `b` is its number, `at` the index of its row in batched tensors."""
+
+    b: int
+    at: int
+    rows: slice
+    keys: slice
+
+
+def sequences_of(q: torch.Tensor, k: torch.Tensor, extras: Extras) -> list[Place]:
+    """The sequences of a call; in a packed batch also what lies before the first and behind the last."""
+    if extras.cu_seqlens_q is None or extras.cu_seqlens_k is None:
+        return [Place(b, b, slice(0, q.shape[2]), slice(0, k.shape[2])) for b in range(len(q))]
+    rows = [0, *extras.cu_seqlens_q.clamp(0, q.shape[2]).tolist(), q.shape[2]]
+    keys = extras.cu_seqlens_k.clamp(0, k.shape[2]).tolist()
+    keys = [keys[0], *keys, keys[-1]]
+    return [
+        Place(n - 1, 0, slice(rows[n], max(rows[n + 1], rows[n])), slice(keys[n], max(keys[n + 1], keys[n])))
+        for n in range(len(rows) - 1)
+    ]
+
+
 def interpret(
     kernel: Op,
     q: torch.Tensor,
@@ -41,50 +65,85 @@ def interpret(
     q_offset: int | torch.Tensor | None = None,
     kv_lengths: torch.Tensor | None = None,
     scale: float | None = None,
+    extras: Extras = NO_EXTRAS,
 ) -> Expected:
     """The result of `kernel`; tensors may live anywhere, the result is on the CPU. Rows not written stay 0 and -inf."""
     batch, heads, q_len, _ = q.shape
     pairs = torch.zeros(batch, heads, q_len, k.shape[2], dtype=torch.bool)
+    distance = torch.zeros(batch, q_len, k.shape[2], dtype=torch.int64)
     written = torch.zeros(batch, heads, q_len, dtype=torch.bool)
     group = heads // k.shape[1]
     named = {
         op["name"]: (op["heads"], table.cpu().long()) for op, table in zip(parts(kernel, "table"), tables, strict=True)
     }
-    for b in range(batch):
-        kv_len = k.shape[2] if kv_lengths is None else min(max(int(kv_lengths[b]), 0), k.shape[2])
-        offset = _q_offset(kernel, q_offset, b, kv_len, q_len)
+    for found in sequences_of(q, k, extras):
+        b, rows = found.b, found.rows.stop - found.rows.start
+        keys = found.keys.stop - found.keys.start
+        last = 0 if extras.cu_seqlens_q is None else len(extras.cu_seqlens_q) - 2
+        entry = b if extras.cu_seqlens_q is None else min(max(b, 0), last)
+        kv_len = keys if kv_lengths is None else min(max(int(kv_lengths[entry]), 0), keys)
+        offset = _q_offset(kernel, q_offset, entry, kv_len, rows)
+        distance[found.at, found.rows, found.keys] = (torch.arange(rows)[:, None] + offset - torch.arange(keys)).abs()
         for h in range(heads):
             env = {
-                "b": b, "hk": h // group, "q_len": q_len, "kv_len": kv_len, "q_offset": offset,
-                "n_heads": heads, "group": group,
+                "b": b, "hk": h // group, "q_len": rows, "kv_len": kv_len, "q_offset": offset,
+                "q_start": found.rows.start if kernel["cu_seqlens"] else 0,
+                "k_start": found.keys.start if kernel["cu_seqlens"] else 0, "n_heads": heads, "group": group,
             }  # fmt: skip
             if kernel["pack"] == 1:
                 env["h"] = h
             head = {"one": 0, "kv": h // group, "q": h}
             own = {
-                name: table[min(b, len(table) - 1), min(head[kind], table.shape[1] - 1)]
+                name: table[min(entry, len(table) - 1), min(head[kind], table.shape[1] - 1)]
                 for name, (kind, table) in named.items()
             }
-            count = _count_pairs(kernel, env, own, written[b, h], k.shape[2])
+            count = _count_pairs(kernel, env, own, written[found.at, h, found.rows], keys)
             assert not (count > 1).any(), f"a pair of sequence {b}, head {h} is visited more than once"
-            pairs[b, h] = count > 0
-    out, lse = masked_attention(q, k, v, pairs, scale)
+            pairs[found.at, h, found.rows, found.keys] = count > 0
+    bias = _dense_bias(kernel, extras, distance, heads)
+    out, lse = masked_attention(q, k, v, pairs, scale, extras.softcap, extras.sink_logits, bias)
     return Expected(out, lse, written, pairs)
 
 
+def _dense_bias(kernel: Op, extras: Extras, distance: torch.Tensor, heads: int) -> torch.Tensor | None:
+    """What is added to the scores, [B or 1, Hq, Lq or 1, Lk]."""
+    if extras.bias is None:
+        return None
+    bias = extras.bias.cpu().double()
+    if kernel["bias"] == "key":
+        return bias.flatten(1, 2)[:, :, None]
+    slopes = bias[..., None, None]
+    if extras.cu_seqlens_q is None:
+        return -slopes * distance[:, None]
+    rows = torch.arange(distance.shape[1])
+    own = (torch.searchsorted(extras.cu_seqlens_q.cpu().long(), rows, right=True) - 1).clamp(0, None)
+    slopes = (
+        slopes[own.clamp(max=len(slopes) - 1), :, 0, 0]
+        if len(slopes) > 1
+        else slopes[:, :, 0, 0].expand(len(rows), heads)
+    )
+    return -slopes.T[None, :, :, None] * distance[:, None]
+
+
 def masked_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pairs: torch.Tensor, scale: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pairs: torch.Tensor, scale: float | None = None,
+    softcap: float | None = None, sinks: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attention over the pairs alone, in float64; what is not in a pair is not read. Empty rows give 0 and -inf."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     group = q.shape[1] // k.shape[1]
     used = pairs.any(-2).unflatten(1, (-1, group)).any(2)[..., None]  # keys that any row of the group reads
     q, k, v = (x.cpu().double() for x in (q, k, v))
     k, v = (torch.where(used, x, 0).repeat_interleave(group, 1) for x in (k, v))
-    scores = (scale * (q @ k.mT)).masked_fill(~pairs, -math.inf)
+    scores = scale * (q @ k.mT)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = (scores if bias is None else scores + bias).masked_fill(~pairs, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.cpu().double()[None, :, None, None].expand(*scores.shape[:3], 1)], -1)
     lse = scores.logsumexp(-1)
-    weights = torch.where(pairs, (scores - lse[..., None]).exp(), 0)
-    return weights @ v, lse
+    weights = torch.where(scores > -math.inf, (scores - lse[..., None]).exp(), 0)
+    return weights[..., : k.shape[2]] @ v, lse
 
 
 def _q_offset(kernel: Op, q_offset: int | torch.Tensor | None, b: int, kv_len: int, q_len: int) -> int:
@@ -194,6 +253,12 @@ def _operations(tables: Mapping[str, torch.Tensor]) -> dict[str, Callable[..., A
         found[inside] = (data[row[inside], x[inside] // 32] >> (x[inside] % 32)) & 1 == 1
         return found
 
+    def word(table: str, row: Any, x: Any) -> Any:
+        row, x = torch.broadcast_tensors(torch.as_tensor(row), torch.as_tensor(x))
+        ones = [bit(table, row, x + n).long() << n for n in range(32)]
+        total = torch.stack(ones).sum(0)
+        return torch.where(total >= 2**31, total - 2**32, total)
+
     def count_le(table: str, row: Any, x: Any) -> Any:
         data = tables[table]
         row, x = torch.broadcast_tensors(torch.as_tensor(row), torch.as_tensor(x))
@@ -214,5 +279,5 @@ def _operations(tables: Mapping[str, torch.Tensor]) -> dict[str, Callable[..., A
         "and": two(torch.bitwise_and), "or": two(torch.bitwise_or), "xor": two(torch.bitwise_xor),
         "not": lambda a: ~torch.as_tensor(a),
         "select": lambda c, a, b: torch.where(torch.as_tensor(c), torch.as_tensor(a), torch.as_tensor(b)),
-        "load": load, "bit": bit, "count_le": count_le,
+        "load": load, "bit": bit, "word": word, "count_le": count_le,
     }  # fmt: skip

@@ -198,7 +198,8 @@ def test_names_of_a_kernel_are_defined_before_use() -> None:
         '%1 = "kernel.segment"() {name = "s", contiguous = true, column = "p", start = "0", stop = "STOP"}'
         " : () -> !kernel.value\n"
         '%2 = "kernel.attention"(%0, %1) {dtype = "float32", head_dim = 64, value_dim = 64, block_m = 64, block_n = 64,'
-        ' pack = 1, q_offset = "default", kv_lengths = false, lse = true, options = []}'
+        ' pack = 1, q_offset = "default", kv_lengths = false, cu_seqlens = false, softcap = false,'
+        ' sinks = false, bias = "none", lse = true, options = []}'
         " : (!kernel.value, !kernel.value) -> !kernel.value\n"
     )
     assert KERNEL.read(head + body.replace("STOP", "x + q_len")).kind == "attention"
