@@ -17,16 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spgen.backends.triton_compile import (
-    ELEMENT_BYTES,
-    Binary,
-    Variant,
-    arguments,
-    binary,
-    constants_of,
-    load_source,
-    source_path,
-)  # fmt: skip
+from spgen.backends.triton_binary import Binary, load_source
+from spgen.backends.triton_compile import ELEMENT_BYTES, Variant, arguments, binary, constants_of, source_path
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
 from spgen.backends.triton_schedule import default_schedule as default_schedule
 from spgen.errors import ShapeError, ToolchainError
@@ -183,13 +175,10 @@ class AttentionKernel:
 
     def _function(self, variant: Variant, device: int) -> Function:
         if (variant, device) not in self._functions:
-            built = self._binary(variant)
-            with torch.cuda.device(device):
-                handle = driver().load(built.code, built.entry, built.shared, device)
             kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
                      for p in arguments(self.kernel, variant)]  # fmt: skip
-            loaded = Function(handle, device, built.threads, built.shared, kinds, built.scratch)
-            self._functions[variant, device] = loaded
+            with torch.cuda.device(device):
+                self._functions[variant, device] = self._binary(variant).load(device, kinds)
         return self._functions[variant, device]
 
     def _grid(self, q: Tensor, k: Tensor) -> int:
