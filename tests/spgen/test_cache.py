@@ -149,6 +149,74 @@ def test_entries_size_and_clear_touch_only_what_is_theirs(cache: Cache) -> None:
     assert other.read_text() == "mine"
 
 
+def _used(cache: Cache, *days: float) -> None:
+    """Entries last used so many days ago, 12 bytes each."""
+    for number, age in enumerate(days):
+        path = cache.get_or_build(key(n=number), Builder(), meta={"n": number})
+        os.utime(path / "manifest.json", (time.time() - age * 86400,) * 2)
+
+
+def test_use_is_noted_once_a_day(cache: Cache) -> None:
+    _used(cache, 1.1, 0.9)
+    for number in range(2):
+        assert cache.get(key(n=number))
+    ages = [time.time() - entry.used for entry in sorted(cache.entries(), key=lambda entry: entry.meta["n"])]
+    assert ages[0] < 60
+    assert ages[1] == pytest.approx(0.9 * 86400, abs=60)
+
+
+def test_a_use_that_cannot_be_noted_is_no_fault(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    _used(cache, 3)
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.get(key(n=0))
+
+
+def _numbers(entries) -> list[int]:
+    return [entry.meta["n"] for entry in entries]
+
+
+def test_prune_takes_the_least_recently_used(cache: Cache) -> None:
+    _used(cache, 5, 40, 1, 90, 20)
+    assert _numbers(cache.prune(dry_run=True)) == []
+    assert _numbers(cache.prune(unused_for=30 * 86400, dry_run=True)) == [3, 1]
+    assert len(list(cache.entries())) == 5
+    assert _numbers(cache.prune(unused_for=30 * 86400)) == [3, 1]
+    assert sorted(_numbers(cache.entries())) == [0, 2, 4]
+    assert _numbers(cache.prune(max_bytes=35)) == [4]
+    assert _numbers(cache.prune(unused_for=4 * 86400, max_bytes=0)) == [0, 2]
+    assert list(cache.entries()) == []
+    assert cache.get(key(n=0)) is None
+
+
+def test_prune_removes_what_is_damaged_or_left_behind(cache: Cache) -> None:
+    _used(cache, 0, 0)
+    _truncate(cache.get(key(n=0)))
+    killed = cache.get(key(n=1)).parent / f"tmp-{key(n=1)}-abc"
+    killed.mkdir()
+    assert cache.prune(dry_run=True) == []
+    assert killed.exists()
+    assert cache.prune() == []
+    assert not killed.exists()
+    assert _numbers(cache.entries()) == [1]
+    assert cache.get(key(n=0)) is None  # gone, so there is nothing to warn of
+
+
+def test_what_cannot_be_removed_is_an_error(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    _used(cache, 10)
+
+    def refuse(_path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(module, "discard", refuse)
+    for attempt in (cache.clear, lambda: cache.prune(max_bytes=0)):
+        with pytest.raises(CacheError, match="Read-only file system"):
+            attempt()
+
+
 def test_an_absent_directory_is_an_empty_cache(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "never")
     assert (list(cache.entries()), cache.size(), cache.clear()) == ([], 0, 0)

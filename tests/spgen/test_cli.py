@@ -10,6 +10,7 @@ import pytest
 
 from spgen import cli
 from spgen.cache import Cache, key
+from spgen.cli import cache as cache_commands
 from spgen.errors import PatternError
 from spgen.settings import override
 
@@ -99,9 +100,36 @@ def test_cache_commands(tmp_path: Path, monkeypatch, capsys) -> None:
     assert lines[4].startswith("0 kernels in ")
 
 
+def test_kernels_travel_and_go(tmp_path: Path, monkeypatch, capsys) -> None:
+    archive = str(tmp_path / "kernels.tar")
+    with override(cache_dir=tmp_path / "cache"):
+        for n in range(3):
+            Cache().get_or_build(key(n=n), lambda d: (d / "kernel.so").write_bytes(bytes(1000)), meta={"n": n})
+        assert run("cache", "export", archive, "--key", key(n=1)[:9], "--key", key(n=2), monkeypatch=monkeypatch) == 0
+    with override(cache_dir=tmp_path / "other"):
+        assert run("cache", "import", archive, monkeypatch=monkeypatch) == 0
+        assert run("cache", "import", archive, monkeypatch=monkeypatch) == 0
+        assert run("cache", "prune", "--older-than", "30d", monkeypatch=monkeypatch) == 0
+        assert run("cache", "prune", "--max-size", "1.5KB", "--dry-run", monkeypatch=monkeypatch) == 0
+        assert run("cache", "prune", "--max-size", "0B", monkeypatch=monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"wrote 2 kernels to {archive}"
+    assert lines[1] == f"added 2 kernels to {tmp_path / 'other'}; 0 there already"
+    assert lines[2] == f"added 0 kernels to {tmp_path / 'other'}; 2 there already"
+    assert lines[3].startswith("removed 0 kernels")
+    assert lines[5] == f"1 kernel in {tmp_path / 'other'}, 1.0 KB"
+    assert lines[6].startswith("removed 2 kernels")
+
+
+@pytest.mark.parametrize("arguments", [("--max-size", "2XB"), ("--older-than", "soon"), ("--older-than", "30")])
+def test_a_bad_amount_is_named(arguments, monkeypatch, capsys) -> None:
+    assert run("cache", "prune", *arguments, monkeypatch=monkeypatch) == 2
+    assert f"{arguments[0]}: got {arguments[1]!r}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("size", "text"), [(999, "999 B"), (1500, "1.5 KB"), (2_000_000, "2.0 MB"), (3e9, "3.0 GB")])
 def test_sizes_are_readable(size: float, text: str) -> None:
-    assert cli._bytes(int(size)) == text
+    assert cache_commands._bytes(int(size)) == text
 
 
 def test_doctor_gives_a_verdict(monkeypatch, capsys) -> None:

@@ -6,13 +6,18 @@ An entry is a directory named by its key. It holds the files that `build` wrote 
                                manifest.json   {"format": 1, "files": {"kernel.so": [size, sha256]}, "meta": {…}}
 
 The life of an entry, whichever process gets there first: look → lock → look again → build in a temporary
-directory beside it → manifest → rename. So an entry is complete or absent, never half there.
+directory beside it → manifest → rename. So an entry is complete or absent, never half there. A process that is killed
+gives its lock back; the next one that wants the entry removes what it left and goes on. Lock files stay: without them
+two processes could hold two locks of one name.
+
+Use is noted by touching the manifest, at most once a day, so that `prune` knows what was not used for long.
 
 - A damaged entry, or one of another format, is rebuilt with a `CacheWarning`; it goes when its successor is ready.
 - Where the directory cannot be written (read-only, full), kernels are built for this process alone, with a warning.
 - A directory that others can write is refused: whoever can put a kernel there runs code as this user.
 
-The warm path is one read and a `stat` per file; neither the lock nor platformdirs is imported for it.
+The warm path is one read and a `stat` per file; neither the lock nor platformdirs is imported for it. `entry.py` knows
+what an entry looks like, `archive.py` moves entries from machine to machine.
 """
 
 from __future__ import annotations
@@ -31,16 +36,17 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spgen.cache.entry import FORMAT, Damaged, Entry, check, discard, is_sound, note_use, read, write
 from spgen.errors import CacheError, CacheWarning
 from spgen.settings import cache_home, settings
 
-FORMAT = 1
-_MANIFEST = "manifest.json"
-_ABANDONED = 24 * 3600.0  # seconds after which a temporary directory can only be a crash's
+_DAY = 24 * 3600.0
+_ABANDONED = _DAY  # after which a temporary directory can only be a crash's
+_USE_NOTED = _DAY  # how exactly the last use of an entry is known
+_SCARCE = 16 << 20  # with fewer bytes free, a tool that fails has probably failed for that
 _KEY_LENGTH = 64
 
 # what a disk says that cannot be written; every other OSError belongs to `build`
@@ -49,20 +55,6 @@ _DISK_ERRORS = {
     for name in ("EACCES", "EDQUOT", "EEXIST", "EFBIG", "EIO", "ENOSPC", "ENOTDIR", "EPERM", "EROFS")
     if hasattr(errno, name)
 }
-
-
-class _Damaged(Exception):
-    """An entry is there and cannot be used; the text says why."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One cached kernel: its key, its directory, the bytes of its files and what was noted about it."""
-
-    key: str
-    path: Path
-    size: int
-    meta: Mapping[str, Any]
 
 
 def key(**fields: object) -> str:
@@ -101,13 +93,14 @@ class Cache:
         """The directory of a sound entry, or None. A damaged entry counts as absent, with a warning."""
         path = self._path(key)
         try:
-            _check(path)
+            check(path)
         except (FileNotFoundError, NotADirectoryError):
             return self._private.get(key)
-        except (OSError, _Damaged) as fault:
+        except (OSError, Damaged) as fault:
             _warn(f"the entry {key[:12]} of {self.directory} is damaged ({fault}); it will be rebuilt")
             return self._private.get(key)
         self._check_trust()
+        note_use(path)
         return path
 
     def get_or_build(self, key: str, build: Callable[[Path], None], *, meta: Mapping[str, Any]) -> Path:
@@ -119,6 +112,16 @@ class Cache:
         """
         return self.get(key) or self._build(key, build, meta)
 
+    def keep(self, key: str, build: Callable[[Path], None], *, meta: Mapping[str, Any]) -> bool:
+        """Builds an entry unless a sound one is there; returns whether it did.
+
+        Unlike `get_or_build` it raises CacheError where the directory cannot be written.
+        """
+        try:
+            return self._keep(key, build, meta)
+        except OSError as fault:
+            raise self._unwritable(fault) from fault
+
     def invalidate(self, key: str, reason: str) -> bool:
         """Call it when an entry of the right sizes does not load; True if its contents were indeed damaged.
 
@@ -127,33 +130,61 @@ class Cache:
         """
         path = self._path(key)
         try:
-            _check(path, contents=True)
-        except (OSError, _Damaged) as fault:
+            check(path, contents=True)
+        except (OSError, Damaged) as fault:
             _warn(f"the entry {key[:12]} of {self.directory} is damaged ({reason}: {fault}); it will be rebuilt")
             with contextlib.suppress(OSError):
-                _discard(path)
+                discard(path)
             return True
         return False
 
     def entries(self) -> Iterator[Entry]:
         """All sound entries, in the order of their keys."""
         for path in self._paths():
-            with contextlib.suppress(OSError, _Damaged):
-                manifest = _check(path)
-                size = sum(size for size, _ in manifest["files"].values())
-                yield Entry(path.name, path, size, manifest["meta"])
+            with contextlib.suppress(OSError, Damaged):
+                yield read(path)
 
     def size(self) -> int:
         """Bytes of all that spgen keeps here, abandoned and old entries included."""
-        files = (file for generation in self._generations() for file in generation.rglob("*"))
-        return sum(file.stat().st_size for file in files if file.is_file())
+        total = 0
+        for generation in self._generations():
+            for folder, _, names in os.walk(generation):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):  # others use the cache meanwhile
+                        total += Path(folder, name).stat().st_size
+        return total
 
     def clear(self) -> int:
-        """Remove the entries of every format; returns how many there were of this one."""
-        count = sum(1 for _ in self._paths())
+        """Remove the entries of every format, but not what is being built; returns how many there were of this one."""
+        count = sum(self._remove(path) for path in self._paths())
+        self._remove_leftovers()
         for generation in self._generations():
-            shutil.rmtree(generation, ignore_errors=True)
+            if generation != self._root:
+                shutil.rmtree(generation, ignore_errors=True)
         return count
+
+    def prune(
+        self, *, unused_for: float | None = None, max_bytes: int | None = None, dry_run: bool = False
+    ) -> list[Entry]:
+        """Remove what was not used for `unused_for` seconds, then the least recently used down to `max_bytes`.
+
+        Returns what goes (with `dry_run`: would go), the least recently used first; damaged entries and what killed
+        processes left go too. A kernel that is loaded keeps working without its files, and what is being built stays.
+        Raises CacheError where the directory cannot be written.
+        """
+        limit = -1.0 if unused_for is None else time.time() - unused_for
+        entries = sorted(self.entries(), key=lambda entry: (entry.used, entry.key))
+        total, going = sum(entry.size for entry in entries), []
+        for entry in entries:
+            if entry.used <= limit or (max_bytes is not None and total > max_bytes):
+                going.append(entry)
+                total -= entry.size
+        if not dry_run:
+            damaged = [path for path in self._paths() if not is_sound(path)]
+            for path in (*damaged, *(entry.path for entry in going)):
+                self._remove(path)
+            self._remove_leftovers()
+        return going
 
     def fault(self) -> str:
         """Why new kernels cannot be kept here, or an empty text; tried, not guessed.
@@ -179,19 +210,66 @@ class Cache:
         return [path for path in self.directory.glob("v*") if path.name[1:].isdecimal()]
 
     def _build(self, key: str, build: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
-        path = self._path(key)
         try:
-            self._prepare(path.parent)
-            with _lock(path.with_suffix(".lock")):
-                return path if _is_sound(path) else _write(path, build, meta)
-        except OSError as fault:
-            if fault.errno not in _DISK_ERRORS:
+            self._keep(key, build, meta)
+        except Exception as fault:
+            reason = self._disk_fault(fault)
+            if not reason:
                 raise
             _warn(
-                f"{self.directory} cannot be written ({fault.strerror}): the kernel is compiled for this process only. "
+                f"{self.directory} cannot be written ({reason}): the kernel is compiled for this process only. "
                 "Free some space, or set SPGEN_CACHE_DIR to a directory that you can write"
             )
             return self._private.build(key, build, meta)
+        return self._path(key)
+
+    def _keep(self, key: str, build: Callable[[Path], None], meta: Mapping[str, Any]) -> bool:
+        """Whether the entry had to be built; whoever asks at the same time waits."""
+        path = self._path(key)
+        self._prepare(path.parent)
+        with _lock(path.with_suffix(".lock")):
+            if is_sound(path):
+                return False
+            for left in path.parent.glob(f"tmp-{key}-*"):  # by a killed process: it held this lock
+                shutil.rmtree(left, ignore_errors=True)
+            write(path, build, meta)
+        return True
+
+    def _disk_fault(self, fault: Exception) -> str:
+        """What the disk has to do with a failed build; an empty text if nothing."""
+        if isinstance(fault, OSError):
+            return (fault.strerror or str(fault)) if fault.errno in _DISK_ERRORS else ""
+        try:
+            return "No space left on device" if shutil.disk_usage(self.directory).free < _SCARCE else ""
+        except OSError:
+            return ""
+
+    def _unwritable(self, fault: OSError) -> CacheError:
+        return CacheError(
+            "cache directory",
+            given=f"{self.directory}: {fault.strerror or fault}",
+            allowed="a directory that can be written",
+            remedy="free some space, or set SPGEN_CACHE_DIR to a directory that you can write",
+        )
+
+    def _remove(self, path: Path) -> bool:
+        """Whether the entry was there; raises CacheError if it cannot be removed."""
+        try:
+            return discard(path)
+        except OSError as fault:
+            raise self._unwritable(fault) from fault
+
+    def _remove_leftovers(self) -> None:
+        """What killed processes left: whoever builds holds the lock of its key."""
+        for path in self._root.glob("??/tmp-*"):
+            key = path.name.split("-")[1]
+            free: contextlib.AbstractContextManager[object] = (
+                contextlib.nullcontext()
+            )  # an entry on its way out belongs to nobody
+            if len(key) == _KEY_LENGTH:
+                free = _lock(path.parent / f"{key}.lock", wait=False)
+            with contextlib.suppress(OSError, TimeoutError), free:  # it is being built, or cannot be removed
+                shutil.rmtree(path, ignore_errors=True)
 
     def _prepare(self, directory: Path) -> None:
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -222,7 +300,7 @@ class _PrivateEntries:
     def build(self, key: str, build: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
         with self._lock:
             if key not in self._entries:
-                self._entries[key] = _write(self._directory() / key, build, meta)
+                self._entries[key] = write(self._directory() / key, build, meta)
             return self._entries[key]
 
     def _directory(self) -> Path:
@@ -245,84 +323,6 @@ def _remove_for(pid: int, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _check(path: Path, *, contents: bool = False) -> dict[str, Any]:
-    """The manifest of a sound entry; FileNotFoundError if there is none, _Damaged if it cannot be trusted."""
-    try:
-        text = Path(path, _MANIFEST).read_bytes()
-    except FileNotFoundError:
-        if path.is_dir():
-            raise _Damaged("it has no manifest") from None
-        raise
-    manifest = _parse(text)
-    for name, (size, digest) in manifest["files"].items():
-        _check_file(path / name, size, digest if contents else None)
-    return manifest
-
-
-def _is_sound(path: Path) -> bool:
-    try:
-        _check(path)
-    except (OSError, _Damaged):
-        return False
-    return True
-
-
-def _parse(text: bytes) -> dict[str, Any]:
-    try:
-        manifest = dict(json.loads(text))
-        files = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest["files"].items()]
-        found, meta = manifest["format"], dict(manifest["meta"])
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise _Damaged("its manifest cannot be read") from None
-    if found != FORMAT:
-        raise _Damaged(f"it has format {found}, this version reads {FORMAT}")
-    return {"format": found, "files": {name: (size, digest) for name, size, digest in files}, "meta": meta}
-
-
-def _check_file(file: Path, size: int, digest: str | None) -> None:
-    try:
-        found = file.stat().st_size
-    except FileNotFoundError:
-        raise _Damaged(f"{file.name} is missing") from None
-    if found != size:
-        raise _Damaged(f"{file.name} has {found} bytes instead of {size}")
-    if digest is not None and _digest(file) != digest:
-        raise _Damaged(f"{file.name} has changed")
-
-
-def _write(path: Path, build: Callable[[Path], None], meta: Mapping[str, Any]) -> Path:
-    """Build beside `path`, then rename: `path` is complete or not there."""
-    directory = Path(tempfile.mkdtemp(prefix="tmp-", dir=path.parent))
-    try:
-        build(directory)
-        _seal(directory, meta)
-        if path.exists():
-            _discard(path)
-        directory.rename(path)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)  # gone already if all went well
-    return path
-
-
-def _seal(directory: Path, meta: Mapping[str, Any]) -> None:
-    """Write the manifest of the files that are there."""
-    files = sorted(file for file in directory.rglob("*") if file.is_file())
-    listed = {file.relative_to(directory).as_posix(): (file.stat().st_size, _digest(file)) for file in files}
-    manifest = {"format": FORMAT, "files": listed, "meta": dict(meta)}
-    (directory / _MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True), encoding="utf-8")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _discard(path: Path) -> None:
-    """Remove an entry at one stroke, for whoever looks."""
-    away = Path(tempfile.mkdtemp(prefix="tmp-", dir=path.parent))
-    path.rename(away / path.name)
-    shutil.rmtree(away, ignore_errors=True)
-
-
 def _sweep(directory: Path) -> None:
     """Remove what crashed processes left behind."""
     limit = time.time() - _ABANDONED
@@ -332,10 +332,11 @@ def _sweep(directory: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _lock(path: Path) -> contextlib.AbstractContextManager[object]:
+def _lock(path: Path, *, wait: bool = True) -> contextlib.AbstractContextManager[object]:
+    """Held by one process at a time; with `wait=False` a TimeoutError if that is another."""
     import filelock
 
-    return filelock.FileLock(path, mode=0o600)
+    return filelock.FileLock(path, mode=0o600, timeout=-1 if wait else 0)
 
 
 def _refuse_shared(directory: Path) -> None:
