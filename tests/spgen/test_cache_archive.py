@@ -230,12 +230,11 @@ def test_no_byte_can_be_changed_unnoticed(cache: Cache, other: Cache, archive: P
 
 
 @pytest.mark.parametrize(
-    ("content", "match"),
-    [(b"", "cannot be read"), (b"not a tar" * 200, "cannot be read"), (gzip.compress(b"x" * 2000), "cannot be read")],
+    "content", [b"", b"not a tar" * 200, gzip.compress(b"x" * 2000)], ids=["empty", "text", "gzip"]
 )
-def test_what_is_no_tar_is_refused(content: bytes, match: str, other: Cache, tmp_path: Path) -> None:
+def test_what_is_no_tar_is_refused(content: bytes, other: Cache, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content)
-    refused(other, tmp_path / "file", match)
+    refused(other, tmp_path / "file", "cannot be read")
 
 
 def test_a_file_that_is_not_there(other: Cache, tmp_path: Path) -> None:
