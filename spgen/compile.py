@@ -1,6 +1,6 @@
-"""The compiler, read from top to bottom: a pattern's node becomes a kernel in eight passes.
+"""The compiler, read from top to bottom: a pattern's node becomes a kernel in nine passes.
 
-    level 1   desugar -> push_permutations -> normalize -> merge_runs -> own
+    level 1   recognize -> desugar -> push_permutations -> normalize -> merge_runs -> own
     level 2   tile
     level 3   schedule -> hoist
 
@@ -24,12 +24,13 @@ from spgen.passes.merge import merge_runs
 from spgen.passes.normalize import normalize
 from spgen.passes.ownership import own
 from spgen.passes.permutation import push_permutations
+from spgen.passes.recognize import recognize
 from spgen.passes.schedule import Call, schedule
 from spgen.passes.tile import Shape, query_head_matters, tile
 from spgen.settings import settings
 from spgen.target import Target
 
-LEVEL_1: tuple[Callable[[Op], Op], ...] = (desugar, push_permutations, normalize, merge_runs, own)
+LEVEL_1: tuple[Callable[[Op], Op], ...] = (recognize, desugar, push_permutations, normalize, merge_runs, own)
 
 # A row tile is shared by the heads of a group when one head's rows would leave this much of it empty.
 _PACK_BELOW = 0.5
