@@ -105,8 +105,8 @@ class Attention:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """softmax(scale * q k^T over the pattern's pairs) v.
 
-        Shapes: q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]; Hk divides Hq. Any strides; float32 on the CPU,
-        float32, bfloat16 or float16 on GPUs; the result [B, Hq, Lq, Dv] has q's dtype and layout. Rows without keys
+        Shapes: q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]; Hk divides Hq. Any strides; float32,
+        bfloat16 or float16, added up in float32; the result [B, Hq, Lq, Dv] has q's dtype and layout. Rows without keys
         give 0. `q_offset` (an int, or an integer tensor [B] on the device) is the position of row 0, by default the
         keys of the sequence less Lq. `kv_lengths` (integers [B] on the device) says how many keys each sequence has.
         `plan` reuses index tensors made by :meth:`plan`. With `return_lse` also the log-sum-exp of each row's scores,

@@ -247,8 +247,6 @@ def _check_dtype(q: Tensor) -> None:
         allowed = ", ".join(_DTYPES.values())
         raise DtypeError("q", given=str(q.dtype), allowed=allowed, remedy="convert q, k and v")
     compiled_for_cpu = q.device.type == "cpu" and settings().backend != "triton"
-    if compiled_for_cpu and q.dtype != torch.float32:
-        raise UnsupportedError("q", given=f"{q.dtype} on the CPU", allowed="float32", remedy="call q.float()")
     if q.device.type == "cpu" and not compiled_for_cpu and not triton_interpreted():
         raise DeviceError("q", given="cpu with SPGEN_BACKEND=triton", allowed="a GPU, or TRITON_INTERPRET=1")
 

@@ -50,18 +50,23 @@ _GPUS: dict[str, tuple[str, int, float, int, float, float, float]] = {
     "MI300X": ("gfx942", 304, 5.3e12, 4 << 20, 1307 * _T, 653 * _T, 163 * _T),
 }
 
-# ISA: (LLVM's mcpu, fp32 lanes, vector registers); the features are those of /proc/cpuinfo
-_ISAS: dict[str, tuple[str, int, int]] = {
-    "avx512": ("x86-64-v4", 16, 32),
-    "avx2": ("x86-64-v3", 8, 16),
-    "neon": ("generic", 4, 32),
-    "sse2": ("x86-64", 4, 16),
-    "none": ("generic", 4, 16),
+# ISA: (LLVM's mcpu, what is there beyond it, fp32 lanes, vector registers)
+_ISAS: dict[str, tuple[str, str, int, int]] = {
+    "avx512_bf16": ("x86-64-v4", "+avx512bf16", 16, 32),
+    "avx512": ("x86-64-v4", "", 16, 32),
+    "avx2": ("x86-64-v3", "", 8, 16),
+    "neon": ("generic", "", 4, 32),
+    "sse2": ("x86-64", "", 4, 16),
+    "none": ("generic", "", 4, 16),
 }
 # no system states its memory's bandwidth: what one core of common servers moves, and what a socket does
 _CORE_BANDWIDTH = 20e9
 _SOCKET_BANDWIDTH = 200e9
+# features are those of /proc/cpuinfo
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # together: x86-64-v4
+# Whose processors multiply pairs of bf16 faster than fp32: AMD's Zen 5 twice as fast. Intel's take two cycles for each
+# vdpbf16ps, which makes pairs half as fast as widening them.
+_FAST_BF16 = {"AuthenticAMD", "HygonGenuine"}
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,17 @@ class Target:
     """One kind of processor.
 
     `kind` is `cpu`, `cuda` or `hip`; `arch` is what the backend's compiler is told (LLVM's mcpu, `sm_90`, `gfx942`);
-    `isa` the vector extension of a CPU. `cores` are cores or multiprocessors, `simd` the fp32 lanes of a vector
-    register (a warp's threads on a GPU), `registers` the vector registers of a core (32-bit registers a
-    multiprocessor), `smem_bytes` the shared memory one block may use, `l2_bytes` the cache the work shares.
+    `isa` the vector extension of a CPU, and `features` what LLVM is told of it beyond `arch`. `cores` are cores or
+    multiprocessors, `simd` the fp32 lanes of a vector register (a warp's threads on a GPU), `registers` the vector
+    registers of a core (32-bit registers a multiprocessor), `smem_bytes` the shared memory one block may use,
+    `l2_bytes` the cache the work shares.
     """
 
     kind: str
     name: str
     arch: str
     isa: str = ""
+    features: str = ""
     cores: int = 1
     simd: int = 1
     registers: int = 0
@@ -111,7 +118,7 @@ class Target:
     @property
     def key(self) -> str:
         """What a compiled kernel depends on: the kind and the architecture, not the machine's size."""
-        return f"{self.kind}:{self.arch}"
+        return f"{self.kind}:{self.arch}{self.features}"
 
     def __str__(self) -> str:
         unit = "cores" if self.kind == "cpu" else "multiprocessors"
@@ -121,8 +128,9 @@ class Target:
 @lru_cache(maxsize=1)
 def _cpu() -> Target:
     info = _cpuinfo()
-    isa = _isa_of(platform.machine().lower(), info.get("flags") or info.get("Features") or "")
-    arch, simd, registers = _ISAS[isa]
+    flags = info.get("flags") or info.get("Features") or ""
+    isa = _isa_of(platform.machine().lower(), flags, info.get("vendor_id", ""))
+    arch, features, simd, registers = _ISAS[isa]
     cores = _usable_cores()
     # two FMA units on every core this compiler meets with AVX2 or wider; a multiply-add is two operations
     flops = 2 * 2 * simd * cores * _clock(info)
@@ -131,22 +139,29 @@ def _cpu() -> Target:
         name=info.get("model name") or platform.processor() or platform.machine() or "cpu",
         arch=arch,
         isa=isa,
+        features=features,
         cores=cores,
         simd=simd,
         registers=registers,
         l1_bytes=_cache_bytes(1, 32 * _KB),
         l2_bytes=_cache_bytes(2, 512 * _KB),
         bandwidth=min(cores * _CORE_BANDWIDTH, _SOCKET_BANDWIDTH),
-        peaks=(("float32", flops),) if flops else (),
+        peaks=_cpu_peaks(isa, flops) if flops else (),
     )
 
 
-def _isa_of(machine: str, flags: str) -> str:
+def _cpu_peaks(isa: str, flops: float) -> tuple[tuple[str, float], ...]:
+    """What is not multiplied in pairs is widened to fp32."""
+    pairs = 2 if isa == "avx512_bf16" else 1
+    return ("float32", flops), ("bfloat16", pairs * flops), ("float16", flops)
+
+
+def _isa_of(machine: str, flags: str, vendor: str = "") -> str:
     """The widest vector extension that is complete; by machine alone where the system lists no features."""
     have = set(flags.lower().split())
     if have >= _AVX512:
-        return "avx512"
-    if have >= {"avx2", "fma"}:
+        return "avx512_bf16" if "avx512_bf16" in have and vendor in _FAST_BF16 else "avx512"
+    if have >= {"avx2", "fma", "f16c"}:
         return "avx2"
     if machine in ("aarch64", "arm64"):
         return "neon"

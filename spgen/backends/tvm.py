@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.tvm_library import load, render_source
 from spgen.ir.node import Op
 from spgen.target import Target
@@ -63,7 +64,7 @@ class AttentionKernel:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
     ) -> None:  # fmt: skip
         """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
         if not out.numel():

@@ -67,7 +67,7 @@ def _tvm() -> Any:
 
 def _machine_code(tvm: Any, function: Any, target: Target) -> Any:
     """TVM's own pipelines spend most of their time on passes that these kernels do not need."""
-    machine = tvm.target.Target({"kind": "llvm", "mcpu": target.arch})
+    machine = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mattr": target.features.split()})
     module = tvm.IRModule.from_expr(function)
     passes = tvm.tirx.transform
     pipeline = [
@@ -77,6 +77,7 @@ def _machine_code(tvm: Any, function: Any, target: Target) -> Any:
         passes.AnnotateEntryFunc(),
         passes.SplitHostDevice(),
         passes.MakePackedAPI(),
+        passes.BF16StorageLegalize(),  # LLVM is given 16 bits; the tensor's own type is checked above
         passes.LowerTVMBuiltin(),
         passes.LowerIntrin(),
     ]

@@ -54,7 +54,7 @@ def fma_loop(seconds: float = 0.05) -> FmaLoop | None:
 def _compiled(path: Path, target: Target, chains: int) -> ctypes.CDLL | None:
     compiler = c_compiler()
     flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
-    flags += ["-mprefer-vector-width=512"] if target.isa == "avx512" else []
+    flags += ["-mprefer-vector-width=512"] if target.simd == 16 else []
     sizes = [f"-DLANES={target.simd}", f"-DCHAINS={chains}"]
     try:
         if compiler is not None:

@@ -15,7 +15,7 @@ from spgen.ir.ranges import Range, value_range
 from spgen.target import Target
 from spgen.templates.render import render
 from spgen.templates.tvm.expressions import builder_text, is_truth
-from spgen.templates.tvm.schedule import check, isa_of, key_rows, value_rows
+from spgen.templates.tvm.schedule import Isa, check, isa_of, key_rows, products, scratch_size, value_rows
 
 _HEADS = {"one": "T.int32(0)", "kv": "hk", "q": "h"}
 _NATURAL: Range = (0, None)
@@ -102,6 +102,7 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
     """
     check(kernel, target)
     isa = isa_of(target)
+    multiplied = products(kernel, isa, strided=strided)
     code = _Code(kernel)
     segments = [code.segment(op) for op in parts(kernel, "segment")]
     kept = {value.label: value for segment in segments for value in segment.reads.rows}
@@ -109,7 +110,9 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
         "tvm/attention.py.jinja",
         kernel=str(kernel),
         **{name: kernel[name] for name in ("head_dim", "value_dim", "block_m", "block_n", "pack")},
-        **{name: kernel[name] for name in ("lse", "q_offset", "kv_lengths")},
+        **{name: kernel[name] for name in ("dtype", "lse", "q_offset", "kv_lengths")},
+        products=multiplied,
+        scratch=scratch_size(kernel, target),
         lanes=isa.lanes,
         key_rows=key_rows(kernel, isa),
         value_rows=value_rows(kernel, isa),
@@ -122,7 +125,17 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
         kept=list(kept.values()),
         keeps_column=any(segment.reads.column for segment in segments),
         segments=segments,
-        helpers=render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86),
+        helpers=_helpers(kernel["dtype"], isa, multiplied),
+    )
+
+
+def _helpers(dtype: str, isa: Isa, multiplied: str) -> str:
+    """The LLVM functions that the kernel calls."""
+    text = render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86)
+    if dtype == "float32":
+        return text
+    return text + render(
+        "tvm/elements.ll.jinja", lanes=isa.lanes, dtype=dtype, converts=isa.converts, pairs=multiplied == "pairs"
     )
 
 

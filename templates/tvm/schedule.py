@@ -14,6 +14,7 @@ from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.target import Target
 
+DTYPES = ("float32", "bfloat16", "float16")
 MAX_BLOCK = 96  # lanes or columns of a tile: what a worker keeps of each lies in arrays on its stack
 
 
@@ -22,7 +23,8 @@ class Isa:
     """`lanes` fp32 values fill a vector register, of which there are `registers`.
 
     `block_m` is the best row tile; `x86` the family of processors; `scalef` whether there are AVX-512's reduce and
-    scaling by 2^n. A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
+    scaling by 2^n; `converts` whether fp16 is converted by an instruction; `pairs` whether pairs of bf16 are multiplied
+    faster than fp32. A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
     """
 
     lanes: int
@@ -30,6 +32,8 @@ class Isa:
     block_m: int
     x86: bool = False
     scalef: bool = False
+    converts: bool = False
+    pairs: bool = False
 
     def tile_rows(self, vectors: int) -> int:
         """Rows of the register tile beside `vectors` vectors of queries."""
@@ -38,9 +42,10 @@ class Isa:
 
 
 _ISAS = {
-    "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True),
-    "avx2": Isa(lanes=8, registers=16, block_m=32, x86=True),
-    "neon": Isa(lanes=4, registers=32, block_m=16),
+    "avx512_bf16": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True, pairs=True),
+    "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True),
+    "avx2": Isa(lanes=8, registers=16, block_m=32, x86=True, converts=True),
+    "neon": Isa(lanes=4, registers=32, block_m=16, converts=True),
     "sse2": Isa(lanes=4, registers=16, block_m=8, x86=True),
     "none": Isa(lanes=4, registers=16, block_m=8),
 }
@@ -59,14 +64,22 @@ def schedule(head_dim: int, value_dim: int, target: Target) -> Mapping[str, Any]
 def check(kernel: Op, target: Target) -> None:
     """Raises UnsupportedError for what no CPU kernel does."""
     isa = isa_of(target)
-    if kernel["dtype"] != "float32":
-        raise UnsupportedError("dtype on the CPU", given=kernel["dtype"], allowed="float32", remedy="call .float()")
+    if kernel["dtype"] not in DTYPES:
+        raise UnsupportedError("dtype on the CPU", given=kernel["dtype"], allowed=", ".join(DTYPES))
     for name in ("block_m", "block_n"):
         if kernel[name] % isa.lanes or not 0 < kernel[name] <= MAX_BLOCK:
             allowed = f"a multiple of {isa.lanes} up to {MAX_BLOCK}"
             raise UnsupportedError(f"schedule: {name}", given=kernel[name], allowed=allowed)
     if not 1 <= kernel["pack"] <= kernel["block_m"]:
         raise UnsupportedError("schedule: pack", given=kernel["pack"], allowed="1 to block_m")
+
+
+def products(kernel: Op, isa: Isa, *, strided: bool) -> str:
+    """What the matrix products multiply: "direct", "widened" or "pairs": see products.py.jinja."""
+    if kernel["dtype"] == "float32":
+        return "direct"
+    in_pairs = kernel["dtype"] == "bfloat16" and isa.pairs and not strided and kernel["head_dim"] % 2 == 0
+    return "pairs" if in_pairs else "widened"
 
 
 def key_rows(kernel: Op, isa: Isa) -> int:
@@ -89,7 +102,10 @@ def _divisor(size: int, most: int) -> int:
 
 
 def scratch_size(kernel: Op, target: Target) -> int:
-    """fp32 values of memory that each worker needs: queries, output and scores of one tile."""
+    """fp32 values of memory for each worker: queries, output and scores of a tile, and keys and values of 16 bits."""
     rows = key_rows(kernel, isa_of(target))
     columns = -(-kernel["block_n"] // rows) * rows
-    return int((kernel["head_dim"] + kernel["value_dim"] + columns) * kernel["block_m"])
+    dims = kernel["head_dim"] + kernel["value_dim"]
+    # pairs need less than what is widened
+    staged = 0 if kernel["dtype"] == "float32" else columns * dims
+    return int((dims + columns) * kernel["block_m"] + staged)

@@ -18,7 +18,7 @@ from spgen.backends.tvm import AttentionKernel, build, default_schedule
 from spgen.errors import CacheWarning, CompileError, ToolchainError, UnsupportedError
 from spgen.ir.kernel import KERNEL
 from spgen.settings import override
-from spgen.target import Target
+from spgen.target import Target, _cpuinfo
 from tests.kernel_cases import CASES, Case, causal, causal_parts, dense, let, packed_causal, program, segment, tensors
 from tests.kernel_oracle import masked_attention
 
@@ -29,17 +29,23 @@ BLOCK_M: int = default_schedule(64, 64, "float32", CPU)["block_m"]
 OTHERS = {
     "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", simd=8, registers=16),
     "sse2": replace(CPU, isa="sse2", arch="x86-64", simd=4, registers=16),
+    "avx512_bf16": replace(CPU, isa="avx512_bf16", arch="x86-64-v4", features="+avx512bf16", simd=16, registers=32),
 }
+FLAGS = _cpuinfo().get("flags", "").split()
+HAS_PAIRS = pytest.mark.skipif("avx512_bf16" not in FLAGS, reason="runs AVX-512 with bf16")
+HAS_AVX512 = pytest.mark.skipif("avx512f" not in FLAGS, reason="forces narrower vectors")
+# half a unit in the last place of the result; where weights are rounded to bf16 as well, one more in the sum of |w v|
+ROUNDING = {"float32": (4e-6, 4e-6), "bfloat16": (4e-6, 2**-8), "float16": (4e-6, 2**-10)}
 
 
 def run(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The kernel's result over memory that was something else before."""
     if out is None:
-        out = torch.full((*case.q.shape[:3], case.v.shape[3]), 7.0)
+        out = torch.full((*case.q.shape[:3], case.v.shape[3]), 7.0, dtype=case.q.dtype)
     lse = torch.full(case.q.shape[:3], 7.0)
     build(case.kernel, target)(
-        case.q, case.k, case.v, out, lse, case.tables, case.q_offset, case.kv_lengths, case.scale
-    )  # fmt: skip
+        case.q, case.k, case.v, out, lse, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras
+    )
     return out, lse
 
 
@@ -47,7 +53,10 @@ def check(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> 
     expected = case.expected()
     found, lse = run(case, target, out)
     written = expected.written
-    torch.testing.assert_close(found[written].double(), expected.out[written], atol=4e-6, rtol=4e-6)
+    atol, rtol = ROUNDING[case.kernel["dtype"]]
+    if target.isa == "avx512_bf16" and case.q.dtype == torch.bfloat16:
+        atol = 2**-8 * float(case.v.nan_to_num().abs().max())
+    torch.testing.assert_close(found[written].double(), expected.out[written], atol=atol, rtol=rtol)
     if case.kernel["lse"]:
         torch.testing.assert_close(lse[written].double(), expected.lse[written], atol=4e-6, rtol=4e-6)
 
@@ -57,11 +66,86 @@ def test_agrees_with_the_oracle(name: str) -> None:
     check(CASES[name](BLOCK_M, 64))
 
 
-@pytest.mark.skipif(CPU.isa != "avx512", reason="forces narrower vectors")
+@HAS_AVX512
 @pytest.mark.parametrize(("isa", "name"), [("avx2", "arithmetic"), ("avx2", "packed_causal"), ("sse2", "permuted")])
 def test_narrower_vectors_agree_with_the_oracle(isa: str, name: str) -> None:
     block_m = default_schedule(64, 64, "float32", OTHERS[isa])["block_m"]
     check(CASES[name](block_m, 64), OTHERS[isa])
+
+
+def typed(case: Case, dtype: str) -> Case:
+    """The same kernel and call on elements of another type."""
+    case.kernel = KERNEL.make("attention", *case.kernel.operands, **{**dict(case.kernel.attrs), "dtype": dtype})
+    case.q, case.k, case.v = (x.to(getattr(torch, dtype)) for x in (case.q, case.k, case.v))
+    return case
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["packed_causal", "window_and_sink", "block_list", "lengths_and_offsets"])
+def test_types_of_16_bits_agree_with_the_oracle(name: str, dtype: str) -> None:
+    check(typed(CASES[name](BLOCK_M, 64), dtype))
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("isa", ["avx2", "sse2"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_types_of_16_bits_in_narrower_vectors(isa: str, dtype: str) -> None:
+    block_m = default_schedule(64, 64, dtype, OTHERS[isa])["block_m"]
+    check(typed(CASES["scalar_offset"](block_m, 64), dtype), OTHERS[isa])
+
+
+@HAS_PAIRS
+@pytest.mark.parametrize(
+    "name", ["dense", "packed_causal", "gathered_columns", "permuted", "lengths_and_offsets", "scalar_offset"]
+)
+def test_pairs_of_bf16_agree_with_the_oracle(name: str) -> None:
+    check(typed(CASES[name](64, 64), "bfloat16"), OTHERS["avx512_bf16"])
+
+
+@HAS_PAIRS
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(2, 1), (37, 40), (96, 33), (256, 256)])
+def test_pairs_of_any_head_size(head_dim: int, value_dim: int) -> None:
+    kernel = program(*causal_parts(64), head_dim=head_dim, value_dim=value_dim, block_m=64)
+    case = Case(kernel, *tensors(1, 2, 1, 70, 91, head_dim, value_dim))
+    check(typed(case, "bfloat16"), OTHERS["avx512_bf16"])
+
+
+@HAS_PAIRS
+def test_pairs_of_rows_at_odd_places() -> None:
+    case = typed(causal(64, 64), "bfloat16")
+    case.q, case.k, case.v = (_in_the_middle(x) for x in (case.q, case.k, case.v))  # rows of 69, from the third on
+    check(case, OTHERS["avx512_bf16"])
+    case.k = case.k.mT.contiguous().mT
+    check(case, OTHERS["avx512_bf16"])
+
+
+@HAS_PAIRS
+def test_a_key_without_a_partner_brings_nothing_of_its_neighbour() -> None:
+    case = typed(dense(64, 64), "bfloat16")
+    case.k, case.v = case.k[:, :, :63], case.v[:, :, :63]
+    memory = torch.full((2, 2, 65, 64), math.inf, dtype=torch.bfloat16)
+    case.v = memory[:, :, :63].copy_(case.v)
+    check(case, OTHERS["avx512_bf16"])
+
+
+ALL_BITS = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "sse2", "avx512_bf16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_number_of_16_bits_comes_through(isa: str, dtype: torch.dtype) -> None:
+    """One key for each row: the output is the value, whatever its bits."""
+    if isa and (isa if isa == "avx512_bf16" else "avx512f") not in FLAGS:
+        pytest.skip("another processor")
+    target = OTHERS.get(isa, CPU)
+    block_m = default_schedule(64, 64, "float32", target)["block_m"]
+    run_of = segment("0", "kv_len", full=("0", "kv_len"))
+    kernel = program(run_of, block_m=block_m, head_dim=16, value_dim=16, dtype=str(dtype).removeprefix("torch."))
+    v = ALL_BITS.view(dtype).view(1, 4096, 1, 16)
+    q = torch.ones(1, 4096, 1, 16, dtype=dtype)
+    out, _ = run(Case(kernel, q, q, v), target)
+    normal = v.isnan() | (v.abs() >= torch.finfo(dtype).tiny) | (v == 0) | (dtype == torch.float16)
+    torch.testing.assert_close(torch.where(normal, out, 0), torch.where(normal, v, 0), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("head_dim", "value_dim"), [(1, 16), (16, 1), (80, 96), (192, 50), (256, 256)])
@@ -90,7 +174,7 @@ def test_any_shape_and_layout_by_one_kernel(seed: int) -> None:
 
 def _in_the_middle(x: torch.Tensor) -> torch.Tensor:
     """A copy of `x` as a view into memory that is NaN around it."""
-    memory = torch.full((*x.shape[:2], x.shape[2] + 2, x.shape[3] + 5), math.nan)
+    memory = torch.full((*x.shape[:2], x.shape[2] + 2, x.shape[3] + 5), math.nan, dtype=x.dtype)
     view = memory[:, :, 1:-1, 3:-2]
     return view.copy_(x)
 
@@ -220,7 +304,7 @@ def test_the_source_is_a_file() -> None:
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"dtype": "bfloat16"}, "dtype on the CPU: got bfloat16"),
+        ({"dtype": "float64"}, "dtype on the CPU: got float64"),
         ({"block_m": 20}, "block_m: got 20"),
         ({"block_n": 512}, "block_n: got 512"),
         ({"pack": 200}, "pack: got 200"),
@@ -294,7 +378,7 @@ import sys, torch
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from spgen.backends.tvm import build
 from spgen.ir.kernel import KERNEL
-from spgen.target import Target
+from spgen.target import Target, _cpuinfo
 kernel = build(KERNEL.read(sys.stdin.read()), Target.of("cpu"))
 q, out = torch.randn(1, 4, 8, 64), torch.empty(1, 4, 8, 64)
 kernel(q, q, q, out, torch.empty(1, 4, 8), (), None, None, 0.125)

@@ -174,7 +174,6 @@ def changed(**changes: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (changed(v=torch.randn(1, 2, 40, 257)), ShapeError, "1 to 256"),
         (changed(k=torch.randn(1, 2, 40, 16).half()), DtypeError, "k: "),
         (changed(**{n: t.double() for n, t in zip("qkv", tensors(), strict=True)}), DtypeError, "float64"),
-        (changed(**{n: t.half() for n, t in zip("qkv", tensors(), strict=True)}), UnsupportedError, "on the CPU"),
         (changed(k=torch.randn(1, 2, 40, 16, device="meta")), DeviceError, "k: got meta"),
     ],
 )
@@ -242,5 +241,20 @@ def test_what_is_no_pattern() -> None:
 
 
 def test_autocast_is_that_of_scaled_dot_product_attention() -> None:
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(UnsupportedError, match="bfloat16 on the CPU"):
-        sp.attention(STREAMING)(*tensors())
+    q, k, v = tensors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sp.attention(STREAMING)(q, k, v)
+        assert (
+            out.dtype
+            == torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).dtype
+            == torch.bfloat16
+        )
+    expected = reference.attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), STREAMING)
+    torch.testing.assert_close(out.double(), expected.double(), atol=2e-2, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.complex64])
+def test_other_types_are_refused(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in tensors())
+    with pytest.raises(DtypeError, match="float32, bfloat16, float16"):
+        sp.attention(STREAMING)(q, k, v)

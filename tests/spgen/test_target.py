@@ -10,7 +10,7 @@ from spgen import target as module
 from spgen.errors import DeviceError, SpgenError
 from spgen.target import GPU_ARCHS, Target
 
-AVX512 = "fma avx2 avx512f avx512dq avx512bw avx512vl avx512cd"
+AVX512 = "fma f16c avx2 avx512f avx512dq avx512bw avx512vl avx512cd"
 
 
 def test_this_cpu() -> None:
@@ -33,8 +33,9 @@ def test_a_target_is_a_value() -> None:
     [
         ("x86_64", AVX512, "avx512"),
         ("x86_64", AVX512.replace("avx512vl", ""), "avx2"),
-        ("amd64", "fma avx2", "avx2"),
+        ("amd64", "fma avx2 f16c", "avx2"),
         ("x86_64", "avx2", "sse2"),
+        ("x86_64", "fma avx2", "sse2"),
         ("aarch64", "asimd", "neon"),
         ("arm64", "", "neon"),
         ("riscv64", "", "none"),
@@ -42,6 +43,12 @@ def test_a_target_is_a_value() -> None:
 )
 def test_isa(machine: str, flags: str, isa: str) -> None:
     assert module._isa_of(machine, flags) == isa
+
+
+@pytest.mark.parametrize(("vendor", "isa"), [("AuthenticAMD", "avx512_bf16"), ("GenuineIntel", "avx512")])
+def test_pairs_of_bf16_where_they_are_fast(vendor: str, isa: str) -> None:
+    assert module._isa_of("x86_64", AVX512 + " avx512_bf16", vendor) == isa
+    assert module._isa_of("x86_64", AVX512, vendor) == "avx512"
 
 
 @pytest.mark.parametrize("arch", sorted(GPU_ARCHS))

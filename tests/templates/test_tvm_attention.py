@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 
 import pytest
 
 from spgen.errors import UnsupportedError
 from spgen.target import Target
 from spgen.templates.tvm.attention import attention_source
-from spgen.templates.tvm.schedule import isa_of, key_rows, schedule, scratch_size, value_rows
+from spgen.templates.tvm.schedule import DTYPES, isa_of, key_rows, products, schedule, scratch_size, value_rows
 from tests.kernel_cases import CASES, causal, causal_parts, let, packed_causal, program, scalar_offset, segment
 
 AVX512 = Target(kind="cpu", name="test", arch="x86-64-v4", isa="avx512", simd=16, registers=32)
@@ -94,6 +95,25 @@ def test_packed_heads_share_a_tile() -> None:
     assert "(at < ROWS * PACK)" in source
 
 
-def test_only_float32() -> None:
-    with pytest.raises(UnsupportedError, match="float16"):
-        attention_source(program(segment("0", "9"), dtype="float16"), AVX512)
+def test_what_the_products_multiply() -> None:
+    isa, pairs = isa_of(AVX512), isa_of(replace(AVX512, isa="avx512_bf16"))
+    kernels = {dtype: program(segment("0", "9"), dtype=dtype) for dtype in DTYPES}
+    assert products(kernels["float32"], pairs, strided=True) == "direct"
+    assert products(kernels["bfloat16"], pairs, strided=False) == "pairs"
+    assert products(kernels["bfloat16"], pairs, strided=True) == "widened"
+    assert products(kernels["bfloat16"], isa, strided=False) == "widened"
+    assert products(kernels["float16"], pairs, strided=False) == "widened"
+    odd = program(segment("0", "9"), dtype="bfloat16", head_dim=33)
+    assert products(odd, pairs, strided=False) == "widened"
+
+
+def test_only_what_is_needed_is_linked() -> None:
+    sources = {dtype: attention_source(program(segment("0", "9"), dtype=dtype), AVX512) for dtype in DTYPES}
+    assert "spgen_widen" not in sources["float32"]
+    assert "fpext <16 x half>" in sources["float16"]
+    assert "dpbf16" not in sources["bfloat16"]
+
+
+def test_other_types_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="float64"):
+        attention_source(program(segment("0", "9"), dtype="float64"), AVX512)
