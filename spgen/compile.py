@@ -31,6 +31,10 @@ from spgen.settings import settings
 from spgen.target import Target
 
 LEVEL_1: tuple[Callable[[Op], Op], ...] = (recognize, desugar, push_permutations, normalize, merge_runs, own)
+# all passes by the level that they read, in order; the last one of a level leads to the next (`spgen opt` runs any)
+PIPELINE: Mapping[str, tuple[Callable[..., Op], ...]] = {
+    "pattern": (*LEVEL_1, tile), "tiles": (schedule,), "kernel": (hoist,)
+}  # fmt: skip
 
 # A row tile is shared by the heads of a group when one head's rows would leave this much of it empty.
 _PACK_BELOW = 0.5

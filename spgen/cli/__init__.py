@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from spgen.cli import cache, machine, patterns
+from spgen.cli import cache, ir, machine, patterns
 from spgen.errors import SpgenError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(patterns.explain)
 app.command("compile")(patterns.compile_pattern)
+app.command()(ir.opt)
 app.command()(machine.bench)
 app.add_typer(cache.app, name="cache")
 app.command()(machine.doctor)

@@ -1,13 +1,12 @@
-"""Passes tested on text: every case of tests/passes/text/*.txt is run and matched by FileCheck.
+"""Passes tested on text: every case of tests/passes/text/*.txt is run as `spgen opt` does and matched by FileCheck.
 
-A case is a pattern, the passes to run, and CHECK lines about what they print:
+A case is a pipeline, a pattern (or a level's text), and CHECK lines about what comes out:
 
-    // PATTERN: window(1024)
     // RUN: desugar
+    window(1024)
     // CHECK: "pattern.before"() {bound = "i - 1023"}
 
-Cases are separated by `// -----`. Options follow the passes as name=value: heads=8x2 (query x key heads), rows (of a
-row tile), block_m, block_n, pack.
+Cases are separated by `// -----`.
 """
 
 from __future__ import annotations
@@ -23,17 +22,10 @@ from filecheck.matcher import Matcher
 from filecheck.options import Options
 from filecheck.parser import Parser, pattern_for_opts
 
-from spgen.compile import LEVEL_1
-from spgen.ir.kernel import KERNEL
+from spgen import opt
 from spgen.ir.node import Op
-from spgen.ir.pattern import PATTERN, read_short, slots
-from spgen.ir.tiles import TILES
-from spgen.passes.hoist import hoist
-from spgen.passes.schedule import Call, schedule
-from spgen.passes.tile import Shape, tile
 
 TEXTS = Path(__file__).parent / "text"
-_LEVELS = {"pattern": PATTERN, "tiles": TILES, "kernel": KERNEL}
 
 
 @dataclass(frozen=True)
@@ -42,10 +34,10 @@ class Case:
     number: int
     text: str
 
-    def directive(self, name: str) -> str:
-        lines = [line.split(f"// {name}:")[1].strip() for line in self.text.splitlines() if f"// {name}:" in line]
-        assert len(lines) == 1, f"{self}: expected one // {name}: line"
-        return lines[0]
+    def run(self) -> Op:
+        lines = [line.removeprefix("// RUN:") for line in self.text.splitlines() if line.startswith("// RUN:")]
+        assert len(lines) == 1, f"{self}: expected one // RUN: line"
+        return opt.run(self.text, lines[0].strip())
 
     def __str__(self) -> str:
         return f"{self.file}-{self.number}"
@@ -57,36 +49,9 @@ def cases() -> Iterator[Case]:
             yield Case(path.stem, number, text)
 
 
-def run(case: Case) -> Op:
-    """The operation that the case's passes make of its pattern."""
-    node = read_short(case.directive("PATTERN"))
-    words = case.directive("RUN").split()
-    options = dict(word.split("=") for word in words if "=" in word)
-    q_heads, kv_heads = map(int, options.get("heads", "8x2").split("x"))
-    block_m, block_n = int(options.get("block_m", 64)), int(options.get("block_n", 64))
-    pack = int(options.get("pack", 1))
-    shape = Shape(q_heads, kv_heads, block_m // pack, block_m, block_n)
-    passes = {one.__name__: one for one in LEVEL_1}
-    op = node
-    for name in (word for word in words if "=" not in word):
-        if name == "level_1":
-            for one in LEVEL_1:
-                op = one(op)
-        elif name in passes:
-            op = passes[name](op)
-        elif name == "tile":
-            op = tile(op, slots(node), shape)
-        elif name == "schedule":
-            op = schedule(op, Call("float32", 64, 64), pack, ())
-        else:
-            assert name == "hoist", f"unknown pass {name}"
-            op = hoist(op)
-    return op
-
-
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_text(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
-    op = run(case)
+    op = case.run()
     options = Options(match_filename=str(case))
     checks = Parser(options, io.StringIO(case.text), *pattern_for_opts(options))
     code = Matcher(options, FInput(str(case), str(op)), checks).run()
@@ -95,7 +60,5 @@ def test_text(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("case", list(cases()), ids=str)
 def test_every_result_reads_back(case: Case) -> None:
-    op = run(case)
-    level = _LEVELS[op.name.partition(".")[0]]
-    level.verify(op)
-    assert level.read(str(op)) is op
+    op = case.run()
+    assert opt.read(str(op)) is op
