@@ -29,6 +29,16 @@ def is_available() -> bool:
     return True
 
 
+def fault() -> str:
+    """Why kernels cannot share PyTorch's threads, or an empty text; tried as a kernel's first load does."""
+    try:
+        _launcher()
+        ctypes.CDLL(str(_built(Cache(), threads=True) / _LIBRARY))
+    except (ImportError, OSError, ToolchainError) as found:
+        return str(found).splitlines()[0]
+    return ""
+
+
 def register() -> None:
     """Makes kernels that are loaded from now on use PyTorch's threads. Call it before each load: TVM, imported
     in between, would have put its own pool there.

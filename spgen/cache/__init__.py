@@ -144,6 +144,10 @@ class Cache:
             with contextlib.suppress(OSError, Damaged):
                 yield read(path)
 
+    def damaged(self) -> list[str]:
+        """The keys of entries that cannot be used; they are rebuilt at their next use."""
+        return [path.name for path in self._paths() if not is_sound(path)]
+
     def size(self) -> int:
         """Bytes of all that spgen keeps here, abandoned and old entries included."""
         total = 0
@@ -180,9 +184,8 @@ class Cache:
                 going.append(entry)
                 total -= entry.size
         if not dry_run:
-            damaged = [path for path in self._paths() if not is_sound(path)]
-            for path in (*damaged, *(entry.path for entry in going)):
-                self._remove(path)
+            for key in (*self.damaged(), *(entry.key for entry in going)):
+                self._remove(self._path(key))
             self._remove_leftovers()
         return going
 

@@ -1,5 +1,6 @@
 """The command line: arguments reach the compiler, errors are shown without a traceback."""
 
+import json
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 from spgen import cli
 from spgen.cache import Cache, key
 from spgen.cli import cache as cache_commands
+from spgen.doctor import Finding
 from spgen.errors import PatternError
 from spgen.settings import override
 
@@ -140,9 +142,17 @@ def test_doctor_gives_a_verdict(monkeypatch, capsys) -> None:
     assert (code == 0) == (": ready" in out)
 
 
+def test_doctor_speaks_json_and_fails_with_a_kernel(monkeypatch, capsys) -> None:
+    broken = [Finding("tvm (CPU) kernel", False, "wrong by 1e+00", "report it"), Finding("torch", True, "2.13")]
+    for found, wanted in ((broken, 1), (broken[1:], 0)):
+        monkeypatch.setattr("spgen.doctor.findings", lambda run, found=found: found)
+        assert run("doctor", "--json", "--run", monkeypatch=monkeypatch) == wanted
+        assert [one["name"] for one in json.loads(capsys.readouterr().out)["findings"]] == [one.name for one in found]
+
+
 def test_help_needs_no_torch() -> None:
     code = "import sys; from spgen import cli; assert not {'torch', 'tvm', 'triton', 'sympy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     shown = subprocess.run([sys.executable, "-m", "spgen", "--help"], check=True, capture_output=True, text=True).stdout
-    for command in ("explain", "compile", "bench", "cache", "doctor"):
+    for command in ("explain", "compile", "opt", "bench", "cache", "doctor"):
         assert command in shown
