@@ -76,11 +76,16 @@ class AttentionKernel:
         if self._pass_lse:
             arguments.append(lse)
         arguments += tables
+        cu_q, cu_k, softcap, sinks, bias = extras
+        if cu_q is not None:
+            arguments += (_int32(cu_q), _int32(cu_k))
         if self._pass_offset:
             arguments.append(_int32(q_offset))
-        if kv_lengths is not None:
-            arguments.append(_int32(kv_lengths))
-        function(*arguments, scale, self._scratch())
+        arguments += [x for x in (_int32(kv_lengths), sinks, bias) if x is not None]
+        arguments.append(scale)
+        if softcap is not None:
+            arguments.append(softcap)
+        function(*arguments, self._scratch())
 
     def _scratch(self) -> Tensor:
         """A row of memory for each thread; a set for each thread that calls."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import keyword
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from spgen.ir.expr import Expr, free_variables
+from spgen.ir.expr import Expr, free_variables, operands, rebuild, tables, var
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, ROW_VARIABLES, parts
 from spgen.ir.node import Op
 from spgen.ir.ranges import Range, value_range
@@ -21,7 +22,7 @@ _HEADS = {"one": "T.int32(0)", "kv": "hk", "q": "h"}
 _NATURAL: Range = (0, None)
 _VARIABLES = (*PROGRAM_VARIABLES, *ROW_VARIABLES, *COLUMN_VARIABLES)
 # the template's own names that end in the number of a segment, or begin with the name of a table or let
-_NUMBERED = re.compile(r"(start|stop|full_start|full_stop|left|full|right|tiles|end)_\d+|.*_(of|table)")
+_NUMBERED = re.compile(r"(start|stop|full_start|full_stop|left|full|right|tiles|end|column)_\d+|.*_(of|table)")
 
 
 def _is_taken(name: str) -> bool:
@@ -55,10 +56,11 @@ class Value:
         """The value as it is stored for each lane."""
         return f"number({self.label})" if self.truth else self.label
 
-    @property
-    def restored(self) -> str:
+    def restored(self, index: str) -> str:
         """The value as a mask reads it back."""
-        return f"unequal({self.label}_of[at], 0)" if self.truth else f'let("{self.name}", {self.label}_of[at])'
+        return (
+            f"unequal({self.label}_of[{index}], 0)" if self.truth else f'let("{self.name}", {self.label}_of[{index}])'
+        )
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,10 @@ class TableArgument:
 
 @dataclass(frozen=True)
 class Reads:
-    """What a mask reads: values of the rows, the column, the position."""
+    """What a mask reads: values of the rows, what is computed once a column, the column, the position."""
 
     rows: tuple[Value, ...]
+    column_lets: tuple[Value, ...]
     column: bool
     position: bool
 
@@ -106,27 +109,38 @@ def attention_source(kernel: Op, target: Target, *, strided: bool = False) -> st
     code = _Code(kernel)
     segments = [code.segment(op) for op in parts(kernel, "segment")]
     kept = {value.label: value for segment in segments for value in segment.reads.rows}
+    if kernel["bias"] == "alibi":
+        kept["i"] = Value("i", "i")
     return render(
         "tvm/attention.py.jinja",
         kernel=str(kernel),
         **{name: kernel[name] for name in ("head_dim", "value_dim", "block_m", "block_n", "pack")},
         **{name: kernel[name] for name in ("dtype", "lse", "q_offset", "kv_lengths")},
+        **{name: kernel[name] for name in ("cu_seqlens", "softcap", "sinks", "bias")},
         products=multiplied,
         scratch=scratch_size(kernel, target),
         lanes=isa.lanes,
         key_rows=key_rows(kernel, isa),
         value_rows=value_rows(kernel, isa),
         strided=strided,
-        prefetch_rows=not strided and kernel["row"] is None and kernel["pack"] == 1,
+        prefetch_rows=not (strided or kernel["cu_seqlens"]) and kernel["row"] is None and kernel["pack"] == 1,
+        reads_starts=_reads_starts(kernel),
         tables=code.tables,
         program_lets=code.scalars,
         row_lets=code.rows,
         row=code.row,
         kept=list(kept.values()),
         keeps_column=any(segment.reads.column for segment in segments),
+        column_lets=max((segment.reads.column_lets for segment in segments), key=len, default=()),
         segments=segments,
         helpers=_helpers(kernel["dtype"], isa, multiplied),
     )
+
+
+def _reads_starts(kernel: Op) -> bool:
+    """Whether any expression reads the variables that only packed batches have a use for."""
+    values = [value for op in (kernel, *kernel.operands) for _, value in op.attrs if isinstance(value, Expr)]
+    return any({"q_start", "k_start"} & free_variables(value) for value in values)
 
 
 def _helpers(dtype: str, isa: Isa, multiplied: str) -> str:
@@ -146,7 +160,9 @@ class _Code:
         self.names = {name: name for name in _VARIABLES}
         self.booleans: set[str] = set()
         # j may be -1 in a mask, where the result does not count
-        self.ranges = {name: _NATURAL for name in _VARIABLES if name not in ("q_offset", "i", "r", "c")}
+        unknown = ("q_offset", "i", "r", "c", *("b" for _ in range(kernel["cu_seqlens"])))
+        self.ranges = {name: _NATURAL for name in _VARIABLES if name not in unknown}
+        self.of_rows = set(ROW_VARIABLES)
         self.tables = [self._table(op) for op in parts(kernel, "table")]
         self.row = self._optional(kernel["row"])
         self.ranges["r"] = _NATURAL if self.row is None else value_range(kernel["row"], self.ranges)
@@ -156,6 +172,8 @@ class _Code:
 
     def segment(self, op: Op) -> Segment:
         self.ranges["c"] = value_range(op["column"], self.ranges)
+        lets: list[Value] = []
+        mask = None if op["mask"] is None else self._by_column(op["mask"], lets)
         return Segment(
             name=op["name"],
             contiguous=op["contiguous"],
@@ -165,9 +183,22 @@ class _Code:
             full_start=self._optional(op["full_start"]),
             full_stop=self._optional(op["full_stop"]),
             stop=self.text(op["stop"]),
-            mask=self._optional(op["mask"]),
-            reads=self._reads(op["mask"]),
+            mask=self._optional(mask),
+            reads=self._reads(op["mask"], mask, lets),
         )
+
+    def _by_column(self, node: Expr, lets: list[Value]) -> Expr:
+        """`node` with what it reads of tables for a column, whatever the row, as values of their own."""
+        free = free_variables(node)
+        if not (tables(node) and free & set(COLUMN_VARIABLES)):
+            return node
+        if free & self.of_rows:
+            return rebuild(node, [self._by_column(child, lets) for child in operands(node)])
+        label = f"column_{len(lets) + 1}"
+        name = f"column:{label}"  # no let has such a name
+        lets.append(Value(label, label, self.text(node), is_truth(node, self.booleans)))
+        self._define(name, label, node, lets[-1].truth)
+        return var(name)
 
     def text(self, node: Expr) -> str:
         return builder_text(node, self.names, booleans=self.booleans, ranges=self.ranges)
@@ -186,13 +217,19 @@ class _Code:
         while _is_taken(label) or label in self.names.values():
             label += "_"
         value = Value(name, label, self.text(op["value"]), is_truth(op["value"], self.booleans))
-        self.names[name] = label
-        self.ranges[name] = value_range(op["value"], self.ranges)
-        (self.booleans.add if value.truth else self.booleans.discard)(name)
+        self._define(name, label, op["value"], value.truth)
+        (self.of_rows.add if op["per"] == "row" else self.of_rows.discard)(name)
         return value
 
-    def _reads(self, mask: Expr | None) -> Reads:
-        used = frozenset() if mask is None else free_variables(mask)
+    def _define(self, name: str, label: str, value: Expr, truth: bool) -> None:
+        self.ranges[name] = value_range(value, self.ranges)
+        self.names[name] = label
+        (self.booleans.add if truth else self.booleans.discard)(name)
+
+    def _reads(self, whole: Expr | None, mask: Expr | None, lets: Sequence[Value]) -> Reads:
+        """`mask` is what is left of the `whole` for each pair."""
+        used = frozenset() if whole is None else free_variables(whole)
+        labels = set() if mask is None else {self.names[name] for name in free_variables(mask)}
         of_rows = (*(Value(name, name) for name in ROW_VARIABLES), *self.rows)
-        labels = {self.names[name] for name in used}
-        return Reads(tuple(value for value in of_rows if value.label in labels), "c" in used, "p" in used)
+        rows = tuple(value for value in of_rows if value.label in labels)
+        return Reads(rows, tuple(lets), "c" in used, "p" in used)

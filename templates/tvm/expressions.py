@@ -18,7 +18,7 @@ _INFIX = {
 }  # fmt: skip
 _COMPARE = {"lt": "<", "le": "<="}
 _CALLS = {"min": "T.min", "max": "T.max", "abs": "T.abs", "select": "select", "eq": "equal", "ne": "unequal"}
-_TABLE = {"load", "bit", "count_le"}
+_TABLE = {"load", "bit", "word", "count_le"}
 _DIVISION = {"floordiv": ("div", ">>", 5), "mod": ("mod", "&", 3)}  # of what is not negative; by a power of two
 _LOGIC = {"and", "or", "xor", "not"}
 _ATOM, _UNARY, _COMPARISON = 9, 8, 4

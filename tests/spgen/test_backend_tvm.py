@@ -14,16 +14,30 @@ import pytest
 import torch
 
 from spgen.backends import openmp, tvm_compile, tvm_library
+from spgen.backends.extras import Extras
 from spgen.backends.tvm import AttentionKernel, build, default_schedule
 from spgen.errors import CacheWarning, CompileError, ToolchainError, UnsupportedError
 from spgen.ir.kernel import KERNEL
 from spgen.settings import override
 from spgen.target import Target, _cpuinfo
-from tests.kernel_cases import CASES, Case, causal, causal_parts, dense, let, packed_causal, program, segment, tensors
+from tests.kernel_cases import (
+    CASES,
+    MORE_CASES,
+    Case,
+    causal,
+    causal_parts,
+    dense,
+    let,
+    packed_causal,
+    program,
+    segment,
+    tensors,
+)
 from tests.kernel_oracle import masked_attention
 
 pytest.importorskip("tvm")
 
+ALL_CASES = {**CASES, **MORE_CASES}
 CPU = Target.of("cpu")
 BLOCK_M: int = default_schedule(64, 64, "float32", CPU)["block_m"]
 OTHERS = {
@@ -61,16 +75,22 @@ def check(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> 
         torch.testing.assert_close(lse[written].double(), expected.lse[written], atol=4e-6, rtol=4e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_agrees_with_the_oracle(name: str) -> None:
-    check(CASES[name](BLOCK_M, 64))
+    check(ALL_CASES[name](BLOCK_M, 64))
 
 
 @HAS_AVX512
-@pytest.mark.parametrize(("isa", "name"), [("avx2", "arithmetic"), ("avx2", "packed_causal"), ("sse2", "permuted")])
+@pytest.mark.parametrize(
+    ("isa", "name"),
+    [
+        ("avx2", "arithmetic"), ("avx2", "packed_group"), ("avx2", "biased_keys"), ("avx2", "words"),
+        ("sse2", "permuted"), ("sse2", "capped_scores"), ("sse2", "alibi"), ("sse2", "packed_lists"),
+    ],
+)  # fmt: skip
 def test_narrower_vectors_agree_with_the_oracle(isa: str, name: str) -> None:
     block_m = default_schedule(64, 64, "float32", OTHERS[isa])["block_m"]
-    check(CASES[name](block_m, 64), OTHERS[isa])
+    check(ALL_CASES[name](block_m, 64), OTHERS[isa])
 
 
 def typed(case: Case, dtype: str) -> Case:
@@ -81,9 +101,9 @@ def typed(case: Case, dtype: str) -> Case:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["packed_causal", "window_and_sink", "block_list", "lengths_and_offsets"])
+@pytest.mark.parametrize("name", ["packed_causal", "window_and_sink", "block_list", "biased_keys", "packed_group"])
 def test_types_of_16_bits_agree_with_the_oracle(name: str, dtype: str) -> None:
-    check(typed(CASES[name](BLOCK_M, 64), dtype))
+    check(typed(ALL_CASES[name](BLOCK_M, 64), dtype))
 
 
 @HAS_AVX512
@@ -96,10 +116,10 @@ def test_types_of_16_bits_in_narrower_vectors(isa: str, dtype: str) -> None:
 
 @HAS_PAIRS
 @pytest.mark.parametrize(
-    "name", ["dense", "packed_causal", "gathered_columns", "permuted", "lengths_and_offsets", "scalar_offset"]
+    "name", ["dense", "packed_causal", "gathered_columns", "permuted", "scalar_offset", "capped_scores", "packed_alibi"]
 )
 def test_pairs_of_bf16_agree_with_the_oracle(name: str) -> None:
-    check(typed(CASES[name](64, 64), "bfloat16"), OTHERS["avx512_bf16"])
+    check(typed(ALL_CASES[name](64, 64), "bfloat16"), OTHERS["avx512_bf16"])
 
 
 @HAS_PAIRS
@@ -282,6 +302,63 @@ def test_several_threads_may_call() -> None:
         caller.join()
     assert len(results) == 6
     assert all(torch.equal(expected, result) for result in results)
+
+
+@pytest.mark.parametrize("isa", ["", "avx2", "sse2"])
+def test_softcap_is_accurate_over_all_magnitudes(isa: str) -> None:
+    """One key and a sink of 0: the log-sum-exp is log(1 + exp(softcap * tanh(score / softcap)))."""
+    if isa and "avx512f" not in FLAGS:
+        pytest.skip("another processor")
+    target = OTHERS.get(isa, CPU)
+    block_m = default_schedule(64, 64, "float32", target)["block_m"]
+    kernel = program(segment("0", "kv_len"), block_m=block_m, head_dim=1, value_dim=1, softcap=True)
+    scores = torch.cat([torch.logspace(-30, 30, 4001), torch.linspace(0.3, 1.2, 4000)])
+    q = torch.cat([scores, -scores, torch.tensor([0.0, math.inf, -math.inf])])[None, None, :, None]
+    one = torch.ones(1, 1, 1, 1)
+    _, lse = run(Case(kernel, q, one, one, scale=1.0, extras=Extras(softcap=1.0)), target)
+    torch.testing.assert_close(lse[0, 0].double(), q[0, 0, :, 0].double().tanh(), rtol=1e-6, atol=2e-38)
+
+
+def test_extreme_sinks_take_nothing_or_all() -> None:
+    q, k, v = tensors(1, 2, 2, 5, 9)
+    kernel = program(segment("0", "kv_len"), block_m=BLOCK_M, sinks=True)
+    out, lse = run(Case(kernel, q, k, v, extras=Extras(sink_logits=torch.tensor([-math.inf, 2e38]))))
+    plain, plain_lse = run(Case(program(segment("0", "kv_len"), block_m=BLOCK_M), q, k, v))
+    assert torch.equal(out[:, 0], plain[:, 0])
+    assert torch.equal(lse[:, 0], plain_lse[:, 0])
+    assert not out[:, 1].any()
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        [-5, 10**9, 3, -(2**31), 2**31 - 1, 200, 7, 0], [307] * 8, [0] * 8, [300, 250, 200, 150, 100, 50, 20, 0],
+        [0, 307],
+    ],
+)  # fmt: skip
+def test_wrong_boundaries_stay_inside_the_tensors(bounds: list[int]) -> None:
+    """Values may be wrong, but nothing outside is read (it is NaN) or written."""
+    case = MORE_CASES["packed_batch"](BLOCK_M, 64)
+    case.q, case.k, case.v = (_in_the_middle(x.nan_to_num()) for x in (case.q, case.k, case.v))
+    out = _in_the_middle(torch.zeros_like(case.q))
+    bound = torch.tensor(bounds, dtype=torch.int32)
+    case.extras = Extras(bound, bound.flip(0).contiguous())
+    run(case, out=out)
+    assert not out.isnan().any()
+    around = out.as_strided((1, 4, 309 * 69), (309 * 69 * 4, 309 * 69, 1), 0).clone()
+    around.as_strided((1, 4, 307, 64), (309 * 69 * 4, 309 * 69, 69, 1), 72).fill_(math.nan)
+    assert around.isnan().all()
+
+
+def test_a_packed_batch_of_no_sequences() -> None:
+    case = MORE_CASES["packed_group"](BLOCK_M, 64)
+    none = torch.zeros(1, dtype=torch.int32)
+    case.extras = case.extras._replace(cu_seqlens_q=none, cu_seqlens_k=none)
+    case.q_offset = case.kv_lengths = torch.zeros(0, dtype=torch.int32)
+    out, lse = run(case)
+    assert not out.any()
+    assert case.extras.sink_logits is not None
+    torch.testing.assert_close(lse, case.extras.sink_logits[None, :, None].expand_as(lse), atol=1e-6, rtol=1e-6)
 
 
 def test_inputs_that_require_a_gradient() -> None:

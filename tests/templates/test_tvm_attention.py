@@ -11,7 +11,18 @@ from spgen.errors import UnsupportedError
 from spgen.target import Target
 from spgen.templates.tvm.attention import attention_source
 from spgen.templates.tvm.schedule import DTYPES, isa_of, key_rows, products, schedule, scratch_size, value_rows
-from tests.kernel_cases import CASES, causal, causal_parts, let, packed_causal, program, scalar_offset, segment
+from tests.kernel_cases import (
+    CASES,
+    MORE_CASES,
+    causal,
+    causal_parts,
+    let,
+    packed_causal,
+    program,
+    scalar_offset,
+    segment,
+    table,
+)
 
 AVX512 = Target(kind="cpu", name="test", arch="x86-64-v4", isa="avx512", simd=16, registers=32)
 AVX2 = Target(kind="cpu", name="test", arch="x86-64-v3", isa="avx2", simd=8, registers=16)
@@ -21,10 +32,10 @@ def functions(source: str) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *MORE_CASES])
 @pytest.mark.parametrize("strided", [False, True])
 def test_rendered_code_is_python_and_quotes_its_kernel(name: str, strided: bool) -> None:
-    kernel = CASES[name](64, 64).kernel
+    kernel = {**CASES, **MORE_CASES}[name](64, 64).kernel
     source = attention_source(kernel, AVX512, strided=strided)
     assert "attention" in functions(source)
     assert str(kernel) in (ast.get_docstring(ast.parse(source), clean=False) or "")
@@ -52,6 +63,19 @@ def test_a_mask_keeps_what_it_reads() -> None:
     assert "near_of" not in source
     assert "odd_of = cells" in source
     assert "column_of = cells" in source
+
+
+def test_what_a_mask_reads_of_tables_is_read_once_a_column() -> None:
+    mask = "(word(bits, 0, 64 * tile - j) >> near & 1 != 0) & (bit(bits, 0, p) | (load(bits, 0, r) < c)) & (c < 5)"
+    kernel = program(table("bits"), let("near", "i & 31", "row"), segment("0", "9", mask=mask))
+    source = attention_source(kernel, AVX512)
+    assert "column_1 = word(bits_table, 0, tile * 64 - j)" in source
+    assert "column_2 = bit(bits_table, 0, p)" in source
+    assert "store(column_2_of, lanes(x * LANES), number(column_2))" in source
+    assert "unequal(column_1 >> near & 1, 0)" in source
+    assert "unequal(column_2_of[x], 0)" in source
+    assert "load(bits_table, 0, r)" in source
+    assert "column_3" not in source
 
 
 def test_one_copy_of_the_matrix_products_for_all_segments() -> None:

@@ -41,6 +41,7 @@ def text(expression: str) -> str:
             "bit(lists, i, j) & (count_le(lists, 0, i) < 2)",
             "bit(lists_table, i, j) & (count_le(lists_table, 0, i) < 2)",
         ),
+        ("word(lists, 0, i - j) >> 3", "word(lists_table, 0, i - j) >> 3"),
         ("i - (j - (i << 1 >> 2))", "i - (j - (i << 1 >> 2))"),
     ],
 )
