@@ -301,7 +301,7 @@ def _extremum(op: str, pick: Callable[[int, int], int]) -> Callable[..., Expr]:
         """Of terms that differ by a constant only one survives."""
         kept: dict[Expr, int] = {}
         for arg in map(as_expr, args):
-            for part in _flatten(op, arg):
+            for part in flatten(op, arg):
                 base, offset = split_constant(part)
                 kept[base] = pick(kept[base], offset) if base in kept else offset
         parts = [add(base, const(offset)) for base, offset in kept.items()]
@@ -310,10 +310,11 @@ def _extremum(op: str, pick: Callable[[int, int], int]) -> Callable[..., Expr]:
     return build
 
 
-def _flatten(op: str, node: Expr) -> Iterator[Expr]:
+def flatten(op: str, node: Expr) -> Iterator[Expr]:
+    """The operands of a chain of one operation: a, b and c of (a & b) & c."""
     if node.op == op:
         for arg in node.args:
-            yield from _flatten(op, arg)
+            yield from flatten(op, arg)
     else:
         yield node
 
@@ -365,6 +366,12 @@ def select(condition: ExprLike, a: ExprLike, b: ExprLike) -> Expr:
     if _value(c) is not None:
         return as_expr(a) if _value(c) else as_expr(b)
     return Expr("select", (c, as_expr(a), as_expr(b)))
+
+
+def cases(node: Expr) -> Expr:
+    """`xor` or `select` of conditions, written with and, or and not."""
+    condition, a, b = node.args if node.op == "select" else (node.args[0], ~node.args[1], node.args[1])
+    return or_(and_(condition, a), and_(~condition, b))
 
 
 _SMART: dict[str, Callable[..., Expr]] = {

@@ -40,6 +40,12 @@ class Linear:
             total = total - atom * -factor if factor < 0 else total + atom * factor
         return total + self.constant
 
+    def sides(self) -> tuple[Expr, Expr]:
+        """(left, right) whose difference is the sum, neither with a negative factor: a comparison with 0 reads well."""
+        rising = {atom: factor for atom, factor in self.terms.items() if factor > 0}
+        left = Linear(rising, 0 if rising else self.constant)
+        return left.expression(), left.plus(self.times(-1)).expression()
+
 
 def linear(node: Expr) -> Linear:
     """`node` as a sum."""

@@ -56,12 +56,12 @@ def recognize(node: Op) -> Op:
 def _convert(node: Expr) -> _Found:
     """A condition as a pattern."""
     if node.op in ("and", "or"):
-        parts = [_convert(part) for part in _flatten(node.op, node)]
+        parts = [_convert(part) for part in expr.flatten(node.op, node)]
         return _all(node, parts) if node.op == "and" else _any(node, parts)
     if node.op == "not" and node.args[0].op in _NEGATED:
         return replace(_convert(_NEGATED[node.args[0].op](node.args[0])), source=node)
     if node.op in ("xor", "select"):
-        found = _convert(_cases(node))
+        found = _convert(expr.cases(node))
         return _kept(node) if found.masked else replace(found, source=node)
     if node.op in ("lt", "le", "eq", "ne") and free_variables(node) & {"i", "j"}:
         return _stripe(node) or _compared(node) or _kept(node)
@@ -78,21 +78,11 @@ def _kept(node: Expr) -> _Found:
     return _Found(node, PATTERN.make("where", predicate=node), masked=masked)
 
 
-def _flatten(op: str, node: Expr) -> list[Expr]:
-    return [part for arg in node.args for part in _flatten(op, arg)] if node.op == op else [node]
-
-
-def _cases(node: Expr) -> Expr:
-    """xor and select of conditions by and, or and not."""
-    condition, a, b = node.args if node.op == "select" else (node.args[0], ~node.args[1], node.args[1])
-    return expr.or_(expr.and_(condition, a), expr.and_(~condition, b))
-
-
 _NEGATED: dict[str, Callable[[Expr], Expr]] = {
     "and": lambda node: reduce(expr.or_, (~arg for arg in node.args)),
     "or": lambda node: reduce(expr.and_, (~arg for arg in node.args)),
-    "xor": lambda node: ~_cases(node),
-    "select": lambda node: ~_cases(node),
+    "xor": lambda node: ~expr.cases(node),
+    "select": lambda node: ~expr.cases(node),
 }
 
 
@@ -185,10 +175,8 @@ def _negative(node: Expr) -> Op | None:
 def _rows(total: Linear) -> Op | None:
     """Every key of the rows where `total < 0`, if these are the first or the last ones."""
     slope = _slope(total.expression())
-    rising = {atom: factor for atom, factor in total.terms.items() if factor > 0}
-    left = Linear(rising, 0 if rising else total.constant)
-    right = left.plus(total.times(-1))
-    holds = left.expression() < right.expression()
+    left, right = total.sides()
+    holds = left < right
     if slope is None:
         return None
     if slope == 0:

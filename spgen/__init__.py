@@ -11,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spgen.attend import attention as attention
     from spgen.compile import compile_count as compile_count
+    from spgen.convert.flex import from_block_mask as from_block_mask
+    from spgen.convert.flex import from_mask_mod as from_mask_mod
+    from spgen.convert.mask import from_mask as from_mask
+    from spgen.convert.minference import from_minference as from_minference
+    from spgen.convert.sparse import from_sparse as from_sparse
     from spgen.errors import CacheError as CacheError
     from spgen.errors import CacheWarning as CacheWarning
     from spgen.errors import CompileError as CompileError
@@ -58,6 +63,10 @@ _HOMES = {
     "spgen.patterns": "Pattern block causal columns cover dense diagonals documents n_of_m pattern per_head permuted "
     "sink stripe top_k vertical_slash where window",
     "spgen.scores": "column_mass last_queries page_bounds pooled sort_within",
+    "spgen.convert.flex": "from_block_mask from_mask_mod",
+    "spgen.convert.mask": "from_mask",
+    "spgen.convert.minference": "from_minference",
+    "spgen.convert.sparse": "from_sparse",
     "spgen.trace": "maximum minimum select",
     "spgen.attend": "attention",
     "spgen.compile": "compile_count",

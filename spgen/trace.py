@@ -1,21 +1,53 @@
 """Tracing: `where(f)` calls `f` once on symbols, and what comes back is the predicate.
 
-The symbols behave like integers: + - * // % & | ^ ~ << >>, abs, comparisons, and the functions `select`, `minimum` and
-`maximum` of this file. What would need a value (`if`, `and`, indexing) raises an error that says what to write.
+The symbols behave like integers: + - * // % & | ^ ~ << >>, abs, comparisons, the functions `select`, `minimum` and
+`maximum` of this file, and those of torch (`spgen/trace_torch.py`). What would need a value (`if`, `and`, indexing)
+raises an error that says what to write.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeAlias, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, cast
 
-from spgen.errors import DtypeError, PatternError
+from spgen.errors import DtypeError, PatternError, UnsupportedError
 from spgen.ir import expr
 from spgen.ir.expr import Expr
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 Value: TypeAlias = "Traced | int | bool"
+
+
+@dataclass
+class Tracing:
+    """What is being traced: its name in errors, and the tensors it looks up, if it may (`tensor_0`, `tensor_1`, …)."""
+
+    subject: str = "where"
+    lookups: list[Tensor] | None = field(default=None)
+
+
+_tracing: ContextVar[Tracing] = ContextVar("_tracing")
+
+
+def tracing() -> Tracing:
+    """What is being traced now."""
+    return _tracing.get(Tracing())
+
+
+@contextmanager
+def _traced_as(what: Tracing) -> Iterator[None]:
+    token = _tracing.set(what)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
 
 
 class Traced:
@@ -32,7 +64,7 @@ class Traced:
 
     def __bool__(self) -> NoReturn:
         raise PatternError(
-            f"where: the truth value of `{self.expr}`, which is only known in the kernel",
+            f"{tracing().subject}: the truth value of `{self.expr}`, which is only known in the kernel",
             allowed="one symbolic condition",
             remedy="write & | ~ instead of and/or/not, (a <= x) & (x < b) instead of a <= x < b, "
             "and sp.select(condition, a, b) instead of if",
@@ -40,7 +72,7 @@ class Traced:
 
     def _no_value(self, *_: object) -> NoReturn:
         raise PatternError(
-            f"where: the number behind `{self.expr}`, which is only known in the kernel",
+            f"{tracing().subject}: the number behind `{self.expr}`, which is only known in the kernel",
             allowed="+ - * // % & | ^ ~ << >>, abs, comparisons, sp.select, sp.minimum, sp.maximum",
             remedy="lookup tables cannot be captured: pass them as data, with block, columns, top_k or n_of_m",
         )
@@ -48,9 +80,24 @@ class Traced:
     __index__ = __int__ = __float__ = __iter__ = __getitem__ = __len__ = _no_value
 
     def _no_division(self, _: object) -> NoReturn:
-        raise PatternError(f"where: `/` on `{self.expr}`", allowed="integer arithmetic", remedy="write //")
+        raise PatternError(
+            f"{tracing().subject}: `/` on `{self.expr}`", allowed="integer arithmetic", remedy="write //"
+        )
 
     __truediv__ = __rtruediv__ = _no_division
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        from spgen.trace_torch import call
+
+        return call(function, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        from spgen.trace_torch import method
+
+        return method(self, name)
 
     def __add__(self, other: Value) -> Traced:
         return _arithmetic("+", operator.add, self, other)
@@ -151,12 +198,16 @@ def _expr(sign: str, value: object) -> Expr:
         return value.expr
     if isinstance(value, int):
         return expr.const(value)
-    if hasattr(value, "__index__") and not hasattr(value, "requires_grad"):  # a numpy integer, but never a tensor
+    tensor = cast(Any, value) if hasattr(value, "requires_grad") else None
+    if tensor is None and hasattr(value, "__index__"):  # a numpy integer
         return expr.const(operator.index(cast(Any, value)))
+    if tensor is not None and tensor.dim() == 0 and not (tensor.is_floating_point() or tensor.is_complex()):
+        return expr.const(tensor.item())  # read once, now: a constant as a closed-over integer is
+    given = f"{value!r} of type {type(value).__name__}"
     raise DtypeError(
-        f"where: operand of {sign}",
-        given=f"{value!r} of type {type(value).__name__}",
-        allowed="the arguments of the predicate and integers",
+        f"{tracing().subject}: operand of {sign}",
+        given=given if tensor is None else f"a tensor of shape {list(tensor.shape)}, {tensor.dtype}",
+        allowed="the arguments of the predicate, integers, and integer tensors of no axes",
         remedy="tensors are data: pass them with block, columns, top_k or n_of_m",
     )
 
@@ -165,7 +216,7 @@ def _integer(sign: str, value: object) -> Expr:
     node = _expr(sign, value)
     if node.is_bool:
         raise PatternError(
-            f"where: operand of {sign}",
+            f"{tracing().subject}: operand of {sign}",
             given=f"the condition `{node}`",
             allowed="an integer",
             remedy="write sp.select(condition, 1, 0) to count with it",
@@ -179,14 +230,14 @@ def _arithmetic(sign: str, build: Callable[[Expr, Expr], Expr], a: object, b: ob
 
 def _divide(sign: str, build: Callable[[Expr, Expr], Expr], a: object, b: object) -> Traced:
     if _integer(sign, b) is expr.const(0):
-        raise PatternError(f"where: `{a!r} {sign} 0`", allowed="a divisor other than 0")
+        raise PatternError(f"{tracing().subject}: `{a!r} {sign} 0`", allowed="a divisor other than 0")
     return _arithmetic(sign, build, a, b)
 
 
 def _shift(sign: str, build: Callable[[Any, Any], Any], a: object, b: object) -> Traced:
     count = _integer(sign, b)
     if count.op == "const" and not 0 <= count.args[0] < 63:
-        raise PatternError(f"where: `{a!r} {sign} {count}`", allowed="a shift by 0 to 62 bits")
+        raise PatternError(f"{tracing().subject}: `{a!r} {sign} {count}`", allowed="a shift by 0 to 62 bits")
     return _arithmetic(sign, build, a, b)
 
 
@@ -195,7 +246,7 @@ def _same_kind(sign: str, build: Callable[[Expr, Expr], Expr], a: object, b: obj
     if left.is_bool != right.is_bool:
         condition, integer = (left, right) if left.is_bool else (right, left)
         raise PatternError(
-            f"where: operands of {sign}",
+            f"{tracing().subject}: operands of {sign}",
             given=f"the condition `{condition}` and the integer `{integer}`",
             allowed="two conditions or two integers",
             remedy="comparisons bind weaker than & | ^: write (a < b) & (c < d), and (x & 1) == 1",
@@ -221,27 +272,38 @@ def maximum(a: Value, b: Value) -> Traced:
     return _arithmetic("maximum", expr.maximum, a, b)
 
 
-def trace(f: Callable[..., Any]) -> Expr:
-    """The condition that `f(i, j)` or `f(b, h, i, j)` computes; raises PatternError when there is none."""
-    names = {2: ("i", "j"), 4: ("b", "h", "i", "j")}.get(_arity(f))
+def trace(f: Callable[..., Any], what: Tracing | None = None) -> Expr:
+    """The condition that `f(i, j)` or `f(b, h, i, j)` computes; raises PatternError when there is none.
+
+    `what` names it in errors, and collects the tensors that it looks up.
+    """
+    what = what or Tracing()
+    names = {2: ("i", "j"), 4: ("b", "h", "i", "j")}.get(_arity(what.subject, f))
     if names is None:
-        raise PatternError("where: f", given=f"a function of {_arity(f)} arguments", allowed="f(i, j) or f(b, h, i, j)")
-    result = f(*(Traced(expr.var(name)) for name in names))
+        given = f"a function of {_arity(what.subject, f)} arguments"
+        raise PatternError(f"{what.subject}: f", given=given, allowed="f(i, j) or f(b, h, i, j)")
+    with _traced_as(what):
+        try:
+            result = f(*(Traced(expr.var(name)) for name in names))
+        except AttributeError as error:
+            if not isinstance(error.obj, Traced):
+                raise
+            remedy = "write it with integer arithmetic, comparisons and & | ~"
+            raise UnsupportedError(what.subject, given=str(error), remedy=remedy) from None
     if isinstance(result, Traced):
         if result.expr.is_bool:
             return result.expr
-        raise PatternError("where", given=f"the integer `{result}`", allowed="a condition, such as i - j < 8")
+        raise PatternError(what.subject, given=f"the integer `{result}`", allowed="a condition, such as i - j < 8")
     if isinstance(result, bool):
         return expr.const(result)
-    raise PatternError(
-        "where", given=f"{result!r} of type {type(result).__name__}", allowed="a condition, such as i - j < 8"
-    )
+    given = f"{result!r} of type {type(result).__name__}"
+    raise PatternError(what.subject, given=given, allowed="a condition, such as i - j < 8")
 
 
-def _arity(f: Callable[..., Any]) -> int:
+def _arity(subject: str, f: Callable[..., Any]) -> int:
     """How many positional arguments `f` needs (those with defaults are constants)."""
     if not callable(f):
-        raise DtypeError("where: f", given=f, allowed="a function f(i, j) or f(b, h, i, j)")
+        raise DtypeError(f"{subject}: f", given=f, allowed="a function f(i, j) or f(b, h, i, j)")
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(f).parameters.values()
     return sum(p.kind in positional and p.default is p.empty for p in parameters)

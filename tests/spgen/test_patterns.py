@@ -281,7 +281,7 @@ MISTAKES: list[tuple[str, Callable[[], Any], type[SpgenError], str]] = [
     ("by zero", lambda: sp.where(lambda i, j: i % 0 == j), PatternError, "divisor other than 0"),
     ("shift", lambda: sp.where(lambda i, j: i << -1 == j), PatternError, "shift by 0 to 62"),
     ("float const", lambda: sp.where(lambda i, j: i * 0.5 < j), DtypeError, r"operand of \*: got 0.5 of type float"),
-    ("tensor const", lambda: sp.where(lambda i, j: i < torch.tensor(3)), DtypeError, "tensors are data"),
+    ("tensor", lambda: sp.where(lambda i, j: i < torch.ones(3)), DtypeError, "tensors are data"),
     ("integer", lambda: sp.where(lambda i, j: i - j), PatternError, "where: got the integer `i - j`"),
     ("None", lambda: sp.where(lambda i, j: None), PatternError, "where: got None"),
     ("arity", lambda: sp.where(lambda i: i < 3), PatternError, r"function of 1 arguments\n.*f\(b, h, i, j\)"),
