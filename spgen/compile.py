@@ -125,7 +125,6 @@ def level_1(node: Op) -> Op:
 def lower(request: Request, block_m: int, block_n: int, options: tuple[str, ...]) -> Lowered:
     """All levels of a request for one tile size."""
     node = read_short(request.pattern)
-    refuse_selections(node)
     terms = level_1(node)
     pack = request.q_heads // request.kv_heads if request.packed else 1
     shape = Shape(request.q_heads, request.kv_heads, block_m // pack, block_m, block_n)
@@ -156,6 +155,7 @@ class Compiled:
 @lru_cache(maxsize=4096)
 def lowered(request: Request) -> Lowered:
     """The levels of a request with its backend's default schedule."""
+    refuse_selections(read_short(request.pattern))
     call = request.call
     chosen = backend_of(request.target).default_schedule(
         call.head_dim, call.value_dim, call.dtype, request.target, rows=shared_rows(read_short(request.pattern))
