@@ -88,7 +88,7 @@ def _register_cap(kernel: Op) -> int:
     Masks that read tables take so many registers that the cap would more than double their time in spills.
     """
     masks = [op["mask"] for op in parts(kernel, "segment") if op["mask"] is not None]
-    return 0 if any(tables(mask) for mask in masks) else option(kernel, "registers", 0)
+    return option(kernel, "registers", 0)
 
 
 def constants_of(kernel: Op, variant: Variant, stages: int) -> dict[str, Any]:

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from spgen.errors import UnsupportedError
-from spgen.ir.expr import TRUE, Expr, free_variables, tables, walk
+from spgen.ir.expr import TRUE, Expr, and_, floordiv, free_variables, operands, rebuild, tables, var, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.ir.ranges import Range, value_range
-from spgen.templates.triton.expressions import COLUMN, ROW, Printed, print_expression
+from spgen.templates.triton.expressions import DEAL, Printed, print_expression, print_mask
+from spgen.templates.triton.masks import Places, separate
 
 ENTRY = "attention"  # the kernel's name in the rendered module
+INSIDE = "inside"  # columns that are keys of the segment
 SMALLEST_TILE = 16  # tl.dot takes no fewer rows, columns or channels
 
 # rows and keys that are out of range are masked, so what their expressions give does not matter
 _RANGES: dict[str, Range] = dict.fromkeys(
-    ("b", "hk", "h", "tile", "q_len", "kv_len", "n_heads", "group", "s", "r", "p", "j"), (0, None)
+    ("b", "hk", "h", "tile", "q_len", "kv_len", "n_heads", "group", "s", "r", "p", "p0", "j"), (0, None)
 )
 
 
@@ -58,7 +60,7 @@ class Segment:
     first_column: Printed | None  # with next_column: the full loop reads a tile's column one step ahead
     next_column: Printed | None
     key: Printed | None
-    mask: Printed | None
+    mask: Printed  # of pairs, where the key of a column is there at all
 
 
 def parameters(kernel: Op) -> tuple[Parameter, ...]:
@@ -97,6 +99,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
     """Every symbol of attention.py.jinja; its head comment says what they are."""
     check(kernel)
     printing = _Printing(_names(kernel), _ranges(kernel), _row_vectors(kernel))
+    segments = [_segment(kernel, op, printing) for op in parts(kernel, "segment")]
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
@@ -118,7 +121,8 @@ def symbols(kernel: Op) -> dict[str, Any]:
             {"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])}
             for op in parts(kernel, "let")
         ],
-        "segments": [_segment(kernel, op, printing) for op in parts(kernel, "segment")],
+        "segments": segments, "early": option(kernel, "early", 0),
+        "deals": any(f"{DEAL}(" in line for segment in segments for line in segment.mask.lines),
         "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
     }
 
@@ -166,7 +170,7 @@ def _expressions(kernel: Op) -> Iterator[Expr]:
 
 def _names(kernel: Op) -> dict[str, str]:
     """What variables and tables are called in the source; a let cannot clash with the template's own names."""
-    own = {name: name for name in (*_RANGES, "q_offset", "i", "c")}
+    own = {name: name for name in (*_RANGES, "q_offset", "i", "c", "p0", INSIDE)}
     data = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
     lets = {op["name"]: f"let_{op['name']}" for op in parts(kernel, "let")}
     return {**own, **data, **lets}
@@ -205,17 +209,19 @@ class _Printing:
         """The source of what may be absent."""
         return None if value is None else self.text(value, temporary)
 
-    def mask(self, value: Expr) -> Printed:
-        """The source of a mask, over rows and columns."""
-        rows = {name: self.names[name] + ROW for name in self.rows}
-        return self.text(value, "mask", **rows, **{name: name + COLUMN for name in COLUMN_VARIABLES})
+    def mask(self, value: Expr, loaded: frozenset[str]) -> Printed:
+        """The source of a mask, over rows and columns; `loaded` are the columns' variables that tables give."""
+        places = Places(frozenset(self.rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
+        return print_mask(separate(value, places), self.names, self.ranges, places, "mask", loaded)
 
 
 def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
     """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
     contiguous, column = op["contiguous"], op["column"]
     has_full = op["full_start"] is not None and not _never_full(op, kernel["block_n"], printing.ranges)
-    ahead = has_full and contiguous and option(kernel, "prefetch", 0) == 1 and bool(tables(column))
+    reads = contiguous and bool(tables(column))
+    ahead = has_full and reads and option(kernel, "prefetch", 0) >= 1
+    masked_ahead = not has_full and reads and option(kernel, "prefetch", 0) == 2
     return Segment(
         name=op["name"],
         contiguous=contiguous,
@@ -225,11 +231,34 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
         full_stop=printing.text(op["full_stop"], "full_stop") if has_full else None,
         stop=printing.text(op["stop"], "stop"),
         column=printing.text(column, "column", **({"p": "p0"} if contiguous else {})),
-        first_column=printing.text(column, "column", p="full_start") if ahead else None,
-        next_column=printing.text(column, "column", p="p_next") if ahead else None,
+        first_column=printing.text(column, "column", p="full_start") if ahead else printing.text(column, "column", p="start") if masked_ahead else None,
+        next_column=printing.text(column, "column", p="p_next") if ahead or masked_ahead else None,
         key=printing.optional(op["key"], "key"),
-        mask=None if op["mask"] in (None, TRUE) else printing.mask(op["mask"]),
+        mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _of_tile(op)), _loaded(op)),
     )
+
+
+def _loaded(op: Op) -> frozenset[str]:
+    """The variables of a segment's columns that each column reads from a table."""
+    key = op["key"] is not None and bool(tables(op["key"]))
+    column = not op["contiguous"] and bool(tables(op["column"]))
+    return frozenset({"j", INSIDE} if key or column else ()) | ({"c"} if column else set())
+
+
+def _of_tile(op: Op) -> Expr:
+    """The mask of a segment; units of which its column reads one per tile are numbered by scalars.
+
+    Where columns follow each other and come from entry `p // n` of a table, a tile lies within one entry.
+    """
+    mask: Expr = op["mask"]
+    if not op["contiguous"]:
+        return mask
+    reads = [node for node in walk(op["column"]) if node.op == "load"]
+    units = {node for read in reads for node in walk(read) if node.op == "floordiv" and node.args[0] is var("p")}
+    done: dict[Expr, Expr] = {unit: floordiv(var("p0"), unit.args[1]) for unit in units}
+    for node in walk(mask):
+        done.setdefault(node, rebuild(node, [done[child] for child in operands(node)]))
+    return done[mask]
 
 
 def _never_full(op: Op, block_n: int, ranges: Mapping[str, Range]) -> bool:
