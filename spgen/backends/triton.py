@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton_binary import Binary, load_source
 from spgen.backends.triton_compile import ELEMENT_BYTES, Variant, arguments, binary, constants_of, source_path
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
@@ -30,7 +31,7 @@ from spgen.templates.triton.attention import check, parameters
 
 _SMALLEST_SCALE = 1e-30  # stands for 0, which would turn a masked score of -inf into NaN
 _MANY_CALLS = 4096
-_FIXED_TYPES = ("i32", "i64", "stride", "unit")
+_FIXED_TYPES = ("i32", "i64", "stride", "step", "unit")
 _LAST = ("q_d", "k_d", "v_d")
 _VECTOR = 16  # bytes that one load instruction moves
 
@@ -84,11 +85,11 @@ class AttentionKernel:
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
     ) -> None:  # fmt: skip
         """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
         if not self._driver_launches:
-            return self._portable(q, k, v, out, lse, tables, q_offset, kv_lengths, scale)
+            return self._portable(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
         device = q.get_device()
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         changing = [q_at, k_at, v_at, out_at]
@@ -109,13 +110,23 @@ class AttentionKernel:
         if kv_lengths is not None:
             changing.append(kv_lengths.data_ptr())
             key += (kv_lengths.dtype,)
+        if extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None:
+            changing += (extras.cu_seqlens_q.data_ptr(), extras.cu_seqlens_k.data_ptr())
+            key += (extras.cu_seqlens_q.shape, extras.cu_seqlens_q.dtype, extras.cu_seqlens_k.dtype)
         for table in tables:
             changing.append(table.data_ptr())
             key += (table.shape, table.stride())
         changing.append(float_bits(abs(scale) or _SMALLEST_SCALE))
+        if extras.softcap is not None:
+            changing.append(float_bits(extras.softcap))
+        if extras.sink_logits is not None:
+            changing.append(extras.sink_logits.data_ptr())
+        if extras.bias is not None:
+            changing.append(extras.bias.data_ptr())
+            key += (extras.bias.shape, extras.bias.stride())
         call = self._calls.get(key)
         if call is None:
-            call = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale)
+            call = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale, extras)
         if device == torch._C._cuda_getDevice():
             call(changing, torch._C._cuda_getCurrentRawStream(device))
         else:
@@ -126,6 +137,7 @@ class AttentionKernel:
     def _prepare(
         self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+        extras: Extras,
     ) -> Call:  # fmt: skip
         """What all calls of these shapes and strides share; compiles the variant they need if it is new."""
         with self._lock:
@@ -133,8 +145,11 @@ class AttentionKernel:
                 self._calls.clear()
             strides = _strides(q, k, v, out)
             aligned = not key[2] and _is_aligned(strides, ELEMENT_BYTES[self.dtype])
-            variant = Variant(aligned, False, scale < 0, _index_type(q_offset), _index_type(kv_lengths))
-            sizes = [*_table_sizes(tables), *_lengths(q, k), *strides]
+            variant = Variant(
+                aligned, False, scale < 0, _index_type(q_offset), _index_type(kv_lengths),
+                _index_type(extras.cu_seqlens_q), _index_type(extras.cu_seqlens_k), _is_wide(strides),
+            )  # fmt: skip
+            sizes = [*_table_sizes(tables), *_bias_steps(extras), *_lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
                 maps = self._tensor_maps(replace(variant, tma=True), changing, k, v)
@@ -143,7 +158,7 @@ class AttentionKernel:
             else:
                 maps = []
             fixed = [size for size, name in zip(sizes, self._fixed, strict=True) if not (aligned and name in _LAST)]
-            call = Call(self._function(variant, q.get_device()), self._grid(q, k), fixed, maps)
+            call = Call(self._function(variant, q.get_device()), self._grid(q, extras), fixed, maps)
             self._calls[key] = call
             return call
 
@@ -181,11 +196,14 @@ class AttentionKernel:
                 self._functions[variant, device] = self._binary(variant).load(device, kinds)
         return self._functions[variant, device]
 
-    def _grid(self, q: Tensor, k: Tensor) -> int:
-        """One program per row tile and query head, or per packed group of heads."""
+    def _grid(self, q: Tensor, extras: Extras) -> int:
+        """One program per row tile (per slot in a packed batch) and query head, or per packed group of heads."""
         pack: int = self.kernel["pack"]
         rows: int = self.kernel["block_m"] // pack
-        grid = q.shape[0] * (q.shape[1] // pack) * -(-q.shape[2] // rows)
+        tiles = -(-q.shape[2] // rows)
+        if extras.cu_seqlens_q is not None and q.shape[2]:
+            tiles = q.shape[2] // rows + extras.cu_seqlens_q.shape[0] + 1
+        grid = q.shape[0] * (q.shape[1] // pack) * tiles
         if grid > MAX_GRID:
             raise ShapeError(
                 "q", given=f"{grid} tiles of rows", allowed=f"at most {MAX_GRID}", remedy="split the batch"
@@ -194,19 +212,20 @@ class AttentionKernel:
 
     def _portable(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
     ) -> None:  # fmt: skip
         """The same kernel through Triton's own front end."""
-        grid, warps, stages = self._grid(q, k), option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
+        grid, warps, stages = self._grid(q, extras), option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
         if not grid:
             return
-        sizes = [*_table_sizes(tables), *_lengths(q, k), *_strides(q, k, v, out)]
+        sizes = [*_table_sizes(tables), *_bias_steps(extras), *_lengths(q, k, extras), *_strides(q, k, v, out)]
         constants = constants_of(self.kernel, Variant(negative=scale < 0), stages)
         named: dict[str, Any] = {
             **dict(zip(self._fixed, sizes, strict=True)), **constants,
             **{f"{op['name']}_table": table for op, table in zip(self.tables, tables, strict=True)},
             "q": q, "k": k, "v": v, "out": out, "lse": lse, "k_blocks": None, "v_blocks": None,
             "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or _SMALLEST_SCALE,
+            **extras._asdict(),
         }  # fmt: skip
         values = {parameter.name: named[parameter.name] for parameter in self._parameters}
         if self._module is None:
@@ -230,9 +249,18 @@ def _table_sizes(tables: Sequence[Tensor]) -> list[int]:
     return values
 
 
-def _lengths(q: Tensor, k: Tensor) -> tuple[int, int, int, int]:
-    """q_len, k_len, key heads, query heads of a key head."""
-    return q.shape[2], k.shape[2], k.shape[1], q.shape[1] // max(k.shape[1], 1)
+def _bias_steps(extras: Extras) -> list[int]:
+    """Strides of the bias, but its last axis; 0 where there is one element."""
+    if extras.bias is None:
+        return []
+    sizes, steps = extras.bias.shape[:-1], extras.bias.stride()[:-1]
+    return [step if size > 1 else 0 for size, step in zip(sizes, steps, strict=True)]
+
+
+def _lengths(q: Tensor, k: Tensor, extras: Extras) -> list[int]:
+    """q_len, k_len, key heads, query heads of a key head, and sequences of a packed batch."""
+    sequences = [] if extras.cu_seqlens_q is None else [extras.cu_seqlens_q.shape[0] - 1]
+    return [q.shape[2], k.shape[2], k.shape[1], q.shape[1] // max(k.shape[1], 1), *sequences]
 
 
 def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
@@ -253,6 +281,11 @@ def _is_aligned(strides: list[int], item: int) -> bool:
     steps = list(strides)
     last = steps.pop(11), steps.pop(7), steps.pop(3)
     return last == (1, 1, 1) and gcd(*steps) * item % _VECTOR == 0
+
+
+def _is_wide(strides: list[int]) -> bool:
+    """Whether a stride of rows does not fit into int32."""
+    return any(abs(step) >= 2**31 for step in strides[2::4])
 
 
 def _index_type(value: int | Tensor | None) -> str:

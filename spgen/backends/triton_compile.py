@@ -31,7 +31,8 @@ class Variant:
     """What a binary assumes about its arguments.
 
     `aligned`: last strides are 1, everything else lies at multiples of 16 bytes. `tma`: K and V tiles come through
-    tensor descriptors. `negative`: the scale is. `q_offset`, `kv_lengths`: the integer types of those tensors.
+    tensor descriptors. `negative`: the scale is. `wide`: a step from row to row is beyond int32. The others: the
+    integer types of those tensors.
     """
 
     aligned: bool = False
@@ -39,6 +40,9 @@ class Variant:
     negative: bool = False
     q_offset: str = "i32"
     kv_lengths: str = "i32"
+    cu_seqlens_q: str = "i32"
+    cu_seqlens_k: str = "i32"
+    wide: bool = False
 
 
 def source_path(kernel: Op) -> Path:
@@ -113,7 +117,7 @@ def specialised(kernel: Op, source: Path, variant: Variant, stages: int = 2, reg
             constants[parameter.name] = choices.get(parameter.name, 1 if parameter.type == "unit" else None)
         elif variant.aligned and parameter.type == "data":
             divisors[parameter.name] = _VECTOR
-        elif variant.aligned and parameter.type == "stride":
+        elif variant.aligned and parameter.type in ("stride", "step"):
             divisors[parameter.name] = _VECTOR // ELEMENT_BYTES[kernel["dtype"]]
     return Specialised(
         source, attention.ENTRY, types, constants, divisors, option(kernel, "warps", 4), stages, registers
@@ -131,7 +135,9 @@ def _type(kernel: Op, parameter: attention.Parameter, variant: Variant) -> str:
         box = f"tensordesc<{dtype}[1, 1, {kernel['block_n']}, {lanes}]>"
         return box if variant.tma else "constexpr"
     if parameter.type == "*index":
-        return f"*{variant.q_offset if parameter.name == 'q_offset' else variant.kv_lengths}"
+        return f"*{getattr(variant, parameter.name)}"
+    if parameter.type == "step":
+        return "i64" if variant.wide else "i32"
     if parameter.type == "unit":
         return "constexpr" if variant.aligned else "i64"
     return "i64" if parameter.type == "stride" else parameter.type

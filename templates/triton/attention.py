@@ -23,8 +23,8 @@ SMALLEST_TILE = 16  # tl.dot takes no fewer rows, columns or channels
 
 # rows and keys that are out of range are masked, so what their expressions give does not matter
 _RANGES: dict[str, Range] = dict.fromkeys(
-    ("b", "hk", "h", "tile", "q_len", "kv_len", "n_heads", "group", "s", "r", "p", "p0", "j"), (0, None)
-)
+    ("hk", "h", "tile", "q_len", "kv_len", "q_start", "k_start", "n_heads", "group", "s", "r", "p", "p0", "j"), (0, None)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,9 @@ class Parameter:
     """One argument of the rendered kernel.
 
     `type` is "data" (a pointer to the tensors' dtype), "*fp32", "*i32", "*index" (a pointer to int32 or int64), "desc"
-    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants),
-    "unit" (a last stride: the constant 1 or int64), "fp32" or "constexpr".
+    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants), "step"
+    (a stride of rows: int32 but in the wide variants), "unit" (a last stride: the constant 1 or int64), "fp32" or
+    "constexpr".
     """
 
     name: str
@@ -77,6 +78,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
     if kernel["kv_lengths"]:
         yield "kv_lengths", "*index"
+    if kernel["cu_seqlens"]:
+        yield from (("cu_seqlens_q", "*index"), ("cu_seqlens_k", "*index"))
     for table in parts(kernel, "table"):
         yield f"{table['name']}_table", "*i32"
         for axis in ("b", "h", "r"):
@@ -84,15 +87,31 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         for size in ("rows", "cols"):
             yield f"{table['name']}_table_{size}", "i32"
     yield "scale", "fp32"
-    for size in ("q_len", "k_len", "n_key_heads", "group"):
+    yield from _score_parameters(kernel)
+    for size in ("q_len", "k_len", "n_key_heads", "group", *(["n_sequences"] if kernel["cu_seqlens"] else [])):
         yield size, "i32"
     for tensor in ("q", "k", "v", "out"):
-        for axis in ("b", "h", "n"):
-            yield f"{tensor}_{axis}", "stride"
+        for axis, kind in (("b", "stride"), ("h", "stride"), ("n", "step")):
+            yield f"{tensor}_{axis}", kind
         if tensor != "out":
             yield f"{tensor}_d", "unit"
     for choice in ("TMA", "NEGATIVE", "STAGES", "MASKED_STAGES"):
         yield choice, "constexpr"
+
+
+BIAS_AXES: Mapping[str, tuple[str, ...]] = {"none": (), "key": ("b", "h", "g"), "alibi": ("b",)}
+
+
+def _score_parameters(kernel: Op) -> Iterator[tuple[str, str]]:
+    """What changes scores: the cap, the sinks' logits, the bias and its strides."""
+    if kernel["softcap"]:
+        yield "softcap", "fp32"
+    if kernel["sinks"]:
+        yield "sink_logits", "*fp32"
+    if kernel["bias"] != "none":
+        yield "bias", "*fp32"
+        for axis in BIAS_AXES[kernel["bias"]]:
+            yield f"bias_{axis}", "i64"
 
 
 def symbols(kernel: Op) -> dict[str, Any]:
@@ -114,6 +133,10 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "pack": kernel["pack"],
         "q_offset": kernel["q_offset"],
         "kv_lengths": kernel["kv_lengths"],
+        "cu_seqlens": kernel["cu_seqlens"],
+        "softcap": kernel["softcap"],
+        "sinks": kernel["sinks"],
+        "bias": kernel["bias"],
         "lse": kernel["lse"],
         "row": printing.optional(kernel["row"], "row"),
         "tables": [{"name": f"{op['name']}_table", "head": _HEADS[op["heads"]]} for op in parts(kernel, "table")],
@@ -121,8 +144,9 @@ def symbols(kernel: Op) -> dict[str, Any]:
             {"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])}
             for op in parts(kernel, "let")
         ],
-        "segments": segments, "early": option(kernel, "early", 0),
-        "deals": any(f"{DEAL}(" in line for segment in segments for line in segment.mask.lines),
+        "segments": segments,
+        "deals": kernel["bias"] == "key"
+        or any(f"{DEAL}(" in line for segment in segments for line in segment.mask.lines),
         "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
     }
 
@@ -170,7 +194,9 @@ def _expressions(kernel: Op) -> Iterator[Expr]:
 
 def _names(kernel: Op) -> dict[str, str]:
     """What variables and tables are called in the source; a let cannot clash with the template's own names."""
-    own = {name: name for name in (*_RANGES, "q_offset", "i", "c", "p0", INSIDE)}
+    own = {name: name for name in (*_RANGES, "b", "q_offset", "i", "c", INSIDE)}
+    if not kernel["cu_seqlens"]:
+        own |= {"q_start": "0", "k_start": "0"}
     data = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
     lets = {op["name"]: f"let_{op['name']}" for op in parts(kernel, "let")}
     return {**own, **data, **lets}
@@ -187,7 +213,7 @@ def _row_vectors(kernel: Op) -> set[str]:
 
 def _ranges(kernel: Op) -> dict[str, Range]:
     """Intervals of all variables, lets included."""
-    ranges = dict(_RANGES)
+    ranges = {**_RANGES, "b": (-1 if kernel["cu_seqlens"] else 0, None)}
     for op in parts(kernel, "let"):
         ranges[op["name"]] = value_range(op["value"], ranges)
     return ranges
@@ -219,9 +245,7 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
     """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
     contiguous, column = op["contiguous"], op["column"]
     has_full = op["full_start"] is not None and not _never_full(op, kernel["block_n"], printing.ranges)
-    reads = contiguous and bool(tables(column))
-    ahead = has_full and reads and option(kernel, "prefetch", 0) >= 1
-    masked_ahead = not has_full and reads and option(kernel, "prefetch", 0) == 2
+    ahead = has_full and contiguous and option(kernel, "prefetch", 0) == 1 and bool(tables(column))
     return Segment(
         name=op["name"],
         contiguous=contiguous,
@@ -231,8 +255,8 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
         full_stop=printing.text(op["full_stop"], "full_stop") if has_full else None,
         stop=printing.text(op["stop"], "stop"),
         column=printing.text(column, "column", **({"p": "p0"} if contiguous else {})),
-        first_column=printing.text(column, "column", p="full_start") if ahead else printing.text(column, "column", p="start") if masked_ahead else None,
-        next_column=printing.text(column, "column", p="p_next") if ahead or masked_ahead else None,
+        first_column=printing.text(column, "column", p="full_start") if ahead else None,
+        next_column=printing.text(column, "column", p="p_next") if ahead else None,
         key=printing.optional(op["key"], "key"),
         mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _of_tile(op)), _loaded(op)),
     )

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from spgen.backends import triton as backend
+from spgen.backends.extras import Extras
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from spgen.target import Target
-from tests.kernel_cases import CASES, Case, causal, causal_parts, let, program, segment, table, tensors
+from tests.kernel_cases import CASES, MORE_CASES, Case, causal, causal_parts, let, program, segment, table, tensors
 from tests.kernel_oracle import masked_attention
 
 pytestmark = pytest.mark.gpu
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.gpu
 # || out - exact || / || exact ||
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 HALF = [torch.float16, torch.bfloat16]
+ALL = CASES | MORE_CASES
 
 
 def with_attributes(kernel: Op, **attrs: object) -> Op:
@@ -39,6 +41,7 @@ def on_device(case: Case, dtype: torch.dtype) -> Case:
         case.q_offset = case.q_offset.cuda()
     if case.kv_lengths is not None:
         case.kv_lengths = case.kv_lengths.cuda()
+    case.extras = Extras(*(value.cuda() if isinstance(value, torch.Tensor) else value for value in case.extras))
     return case
 
 
@@ -56,7 +59,7 @@ def run(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     out = case.q.new_full((*case.q.shape[:3], case.v.shape[3]), math.nan)
     lse = torch.full(case.q.shape[:3], math.nan, device="cuda")
     wanted = lse if case.kernel["lse"] else None
-    built(case)(case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale)
+    built(case)(case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras)
     return out, lse
 
 
@@ -80,9 +83,9 @@ def uses_tensor_maps(case: Case) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> None:
-    check(on_device(CASES[name](*tile(dtype)), dtype))
+    check(on_device(ALL[name](*tile(dtype)), dtype))
 
 
 @pytest.mark.parametrize(

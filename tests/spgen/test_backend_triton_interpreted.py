@@ -16,11 +16,12 @@ from spgen.ir.node import Op
 from spgen.settings import override, triton_interpreted
 from spgen.target import Target
 from tests.agreement import assert_agrees
-from tests.kernel_cases import CASES, Case, causal
+from tests.kernel_cases import CASES, MORE_CASES, Case, causal
 from tests.kinds import KINDS, LENGTH
 
 pytestmark = pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1")
 CPU = Target.of("cpu")
+ALL = CASES | MORE_CASES
 
 
 def with_attributes(kernel: Op, **attrs: object) -> Op:
@@ -34,7 +35,7 @@ def run(case: Case, target: Target = CPU) -> tuple[torch.Tensor, torch.Tensor]:
     lse = torch.full(case.q.shape[:3], math.nan, device=case.q.device)
     kernel = backend.build(case.kernel, target)
     wanted = lse if case.kernel["lse"] else None
-    kernel(case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale)
+    kernel(case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras)
     return out, lse
 
 
@@ -47,9 +48,9 @@ def check(case: Case, out: torch.Tensor, lse: torch.Tensor, tolerance: float) ->
         torch.testing.assert_close(lse.cpu().double()[written], expected.lse[written], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_agrees_with_the_oracle(name: str) -> None:
-    case = CASES[name](32, 32)
+    case = ALL[name](32, 32)
     check(case, *run(case), tolerance=1e-5)
 
 
