@@ -15,8 +15,7 @@ from typing import Any
 from spgen.backends import triton_binary
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.errors import CompileError
-from spgen.ir.expr import tables
-from spgen.ir.kernel import option, parts
+from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.triton import attention
@@ -87,12 +86,11 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
 
 
 def _register_cap(kernel: Op) -> int:
-    """The schedule's cap on registers, by which two programs share a multiprocessor; 0 for none.
+    """The schedule's cap on registers, by which several programs share a multiprocessor; 0 for none.
 
-    Masks that read tables take so many registers that the cap would more than double their time in spills.
+    Masks that read tables pair by pair take so many registers that the cap would more than double their time in spills.
     """
-    masks = [op["mask"] for op in parts(kernel, "segment") if op["mask"] is not None]
-    return option(kernel, "registers", 0)
+    return 0 if attention.reads_per_pair(kernel) else option(kernel, "registers", 0)
 
 
 def constants_of(kernel: Op, variant: Variant, stages: int) -> dict[str, Any]:

@@ -23,8 +23,9 @@ SMALLEST_TILE = 16  # tl.dot takes no fewer rows, columns or channels
 
 # rows and keys that are out of range are masked, so what their expressions give does not matter
 _RANGES: dict[str, Range] = dict.fromkeys(
-    ("hk", "h", "tile", "q_len", "kv_len", "q_start", "k_start", "n_heads", "group", "s", "r", "p", "p0", "j"), (0, None)
-)  # fmt: skip
+    ("hk", "h", "tile", "q_len", "kv_len", "q_start", "k_start", "n_heads", "group", "s", "r", "p", "p0", "j"),
+    (0, None),
+)
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class Parameter:
     """One argument of the rendered kernel.
 
     `type` is "data" (a pointer to the tensors' dtype), "*fp32", "*i32", "*index" (a pointer to int32 or int64), "desc"
-    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants), "step"
-    (a stride of rows: int32 but in the wide variants), "unit" (a last stride: the constant 1 or int64), "fp32" or
-    "constexpr".
+    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants),
+    "step" (a stride of rows: the same, but int32 except in the wide variants), "unit" (a last stride: the constant 1 or
+    int64), "fp32" or "constexpr".
     """
 
     name: str
@@ -99,6 +100,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         yield choice, "constexpr"
 
 
+TABLE_OPERATIONS = ("load", "bit", "word", "count_le")
 BIAS_AXES: Mapping[str, tuple[str, ...]] = {"none": (), "key": ("b", "h", "g"), "alibi": ("b",)}
 
 
@@ -173,6 +175,18 @@ def check(kernel: Op) -> None:
                 )
 
 
+def reads_per_pair(kernel: Op) -> bool:
+    """Whether a mask reads tables at places that differ by row and by column: slow, and many registers."""
+    places = _places(_row_vectors(kernel))
+    masks = [op["mask"] for op in parts(kernel, "segment") if op["mask"] is not None]
+    reads = (node for mask in masks for node in walk(mask) if node.op in TABLE_OPERATIONS)
+    return any(places.kind(node) == "pair" for node in reads)
+
+
+def _places(rows: set[str]) -> Places:
+    return Places(frozenset(rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
+
+
 def padded(channels: int) -> int:
     """Lanes that hold this many channels: the next power of two."""
     return max(SMALLEST_TILE, 1 << (channels - 1).bit_length())
@@ -237,7 +251,7 @@ class _Printing:
 
     def mask(self, value: Expr, loaded: frozenset[str]) -> Printed:
         """The source of a mask, over rows and columns; `loaded` are the columns' variables that tables give."""
-        places = Places(frozenset(self.rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
+        places = _places(self.rows)
         return print_mask(separate(value, places), self.names, self.ranges, places, "mask", loaded)
 
 
@@ -258,7 +272,7 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
         first_column=printing.text(column, "column", p="full_start") if ahead else None,
         next_column=printing.text(column, "column", p="p_next") if ahead else None,
         key=printing.optional(op["key"], "key"),
-        mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _of_tile(op)), _loaded(op)),
+        mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _by_tile(op)), _loaded(op)),
     )
 
 
@@ -269,7 +283,7 @@ def _loaded(op: Op) -> frozenset[str]:
     return frozenset({"j", INSIDE} if key or column else ()) | ({"c"} if column else set())
 
 
-def _of_tile(op: Op) -> Expr:
+def _by_tile(op: Op) -> Expr:
     """The mask of a segment; units of which its column reads one per tile are numbered by scalars.
 
     Where columns follow each other and come from entry `p // n` of a table, a tile lies within one entry.

@@ -1,9 +1,9 @@
 """Prints integer expressions as Triton source.
 
 Vectors over a tile's rows are [BLOCK_M], vectors over its columns [BLOCK_N]; where both meet, in a mask, they are
-indexed `[:, None]` and `[None, :]`: what is computed from one of them alone has a name, and is never [BLOCK_M, BLOCK_N].
-`//` and `%` truncate in Triton and are floored here: by a shift or an `&` where
-the divisor is a power of two, as they stand where the dividend is proven non-negative, else by a helper.
+indexed `[:, None]` and `[None, :]`: what is computed from one of them alone has a name and stays a vector. `//` and `%`
+truncate in Triton and are floored here: by a shift or an `&` where the divisor is a power of two, as they stand where
+the dividend is proven non-negative, else by a helper.
 """
 
 from __future__ import annotations

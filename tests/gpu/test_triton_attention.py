@@ -59,7 +59,9 @@ def run(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     out = case.q.new_full((*case.q.shape[:3], case.v.shape[3]), math.nan)
     lse = torch.full(case.q.shape[:3], math.nan, device="cuda")
     wanted = lse if case.kernel["lse"] else None
-    built(case)(case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras)
+    built(case)(
+        case.q, case.k, case.v, out, wanted, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras
+    )
     return out, lse
 
 
