@@ -9,7 +9,9 @@ columns; otherwise every tile is masked). Three kinds:
     gather  single columns (or short runs) from a table, likewise
 
 Tables are int32, [batch, heads, row, column], ascending where they are lists (padded with 2^31 - 1). `heads` says whose
-axis it is: "one" list for all, one per key head ("kv") or per query head ("q").
+axis it is: "one" list for all, one per key head ("kv") or per query head ("q"). Tables with a row for each row tile
+(extent, splits, units with a `row_tile`) are indexed by the program's `slot`: the tile's number in its sequence, or its
+slot in a packed batch (ir/kernel.py), where they have one batch; so has `touch`, by groups of rows.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ PAD = 2**31 - 1
 _TABLES = {
     # What is known before the call: one row of constants per head, [1, H, 1, 1].
     "constants": {"values": "ints"},
-    # How many keys there is room for: the ranks of an order of keys end there, not at the sequence's length.
-    "capacity": {},
+    # How many keys an order of keys ranks: its ranks end there, not at the sequence's length.
+    "capacity": {"order": "slot"},
     # Document bounds by document number (0: before the first): starts, and the interval's ends.
     "documents": {"cu_seqlens": "slot", "part": "str"},
     # A permutation with invalid entries -1; its inverse; its smallest and largest entry per row tile.
@@ -34,19 +36,30 @@ _TABLES = {
     "units": {
         "mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int", "row_tile": "int",
     },
-    # The same as bits, one per unit.
-    "bits": {"mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int"},
-    # Diagonal offsets as bits (bit r - j + kv_len + margin, for rows up to `margin` outside the call), and the tiles
-    # of `block_n` columns that they touch, counted from the end of the row tile.
-    "diagonal_bits": {"offsets": "slot", "margin": "int"},
-    "diagonal_tiles": {"offsets": "slot", "row_tile": "int", "block_n": "int"},
+    # The same as bits, a row for each group and a bit per unit; `by_unit`: a row for each unit and a bit per group.
+    "bits": {
+        "mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int", "by_unit": "bool",
+    },
+    # Beside units with a `row_tile`: for each of them `words` words, a bit for each group that the row tile crosses.
+    "groups": {
+        "mask": "slot?", "indices": "slot?", "indptr": "slot?", "rows": "int", "cols": "int", "row_tile": "int",
+        "words": "int",
+    },
+    # Diagonal offsets as bits: bit r - j + kv_len + margin, for rows up to `margin` outside the call; in a packed batch
+    # the bits of each sequence follow those before it. With an `order` of keys, j is a rank and kv_len its length.
+    "diagonal_bits": {"offsets": "slot", "margin": "int", "order": "slot?"},
+    # The columns that the offsets sweep over a row tile, counted from its end, as tiles of `block_n` that begin with
+    # each run's first column: where they start, and where their run ends (exclusive).
+    "diagonal_runs": {"offsets": "slot", "row_tile": "int", "block_n": "int", "part": "str"},
     # One bit per rows x cols tile that holds a pair of `predicate`.
     "touch": {"predicate": "expr", "rows": "int", "cols": "int"},
     # Position bounds per row tile (start, full_start, full_stop, stop) in the list of another table, which has a row
-    # for every `tiles_per_row` row tiles (0: one row for all).
+    # for every `tiles_per_row` row tiles of a sequence (0: one row for all; `units_by_tile`: for each row tile).
+    # `starts`: the list holds first columns of `unit` columns each, not numbers of units.
     "splits": {
-        "units": "str", "tiles_per_row": "int", "unit": "int", "base": "expr", "lo": "expr", "inner_lo": "expr",
-        "inner_hi": "expr", "hi": "expr", "exact": "bool", "row_tile": "int", "block_n": "int",
+        "units": "str", "tiles_per_row": "int", "units_by_tile": "bool", "unit": "int", "starts": "bool",
+        "base": "expr", "lo": "expr", "inner_lo": "expr", "inner_hi": "expr", "hi": "expr", "exact": "bool",
+        "row_tile": "int", "block_n": "int",
     },
 }  # fmt: skip
 
@@ -62,7 +75,9 @@ TILES = Dialect(
             }
         ),
         # Tables in the order in which they are built, then segments in the order in which they are visited.
-        "program": OpDef({"row_tile": "int", "block_m": "int", "block_n": "int", "row": "expr?"}, operands=None),
+        "program": OpDef(
+            {"row_tile": "int", "block_m": "int", "block_n": "int", "row": "expr?", "slot": "expr"}, operands=None
+        ),
     },
 )  # fmt: skip
 

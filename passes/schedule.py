@@ -38,7 +38,7 @@ class Call:
 def schedule(program: Op, call: Call, pack: int, options: Sequence[str]) -> Op:
     """The level-3 kernel of a tiled program."""
     lets: list[Op] = []
-    runs = [_run(segment, program["block_n"], lets) for segment in segments(program)]
+    runs = [_run(segment, program, lets) for segment in segments(program)]
     used = _tables_read([*lets, *runs, program])
     tables = [KERNEL.make("table", name=t["name"], heads=t["heads"]) for t in table_ops(program) if t["name"] in used]
     return KERNEL.make(
@@ -55,7 +55,7 @@ def _tables_read(ops: Sequence[Op]) -> set[str]:
     return {name for value in values for name in expr.tables(value)}
 
 
-def _run(segment: Op, block_n: int, lets: list[Op]) -> Op:
+def _run(segment: Op, program: Op, lets: list[Op]) -> Op:
     """The level-3 segment; its bounds are appended to `lets`."""
 
     def let(suffix: str, value: Expr) -> Expr:
@@ -64,7 +64,10 @@ def _run(segment: Op, block_n: int, lets: list[Op]) -> Op:
         lets.append(KERNEL.make("let", name=f"{segment['name']}_{suffix}", per="program", value=value))
         return var(f"{segment['name']}_{suffix}")
 
-    bounds = _listed_bounds(segment) if segment["splits"] else _closed_bounds(segment, block_n, let)
+    if segment["splits"]:
+        bounds = _listed_bounds(segment, program["slot"])
+    else:
+        bounds = _closed_bounds(segment, program["block_n"], let)
     if segment["when"] is not None:
         wanted = let("when", segment["when"])
         bounds = {name: select(wanted, value, bounds["start"]) for name, value in bounds.items()}
@@ -75,9 +78,9 @@ def _run(segment: Op, block_n: int, lets: list[Op]) -> Op:
     )  # fmt: skip
 
 
-def _listed_bounds(segment: Op) -> dict[str, Expr]:
+def _listed_bounds(segment: Op, slot: Expr) -> dict[str, Expr]:
     names = _BOUNDS if segment["exact"] else ("start", "stop")
-    return {name: expr.load(segment["splits"], var("tile"), _BOUNDS.index(name)) for name in names}
+    return {name: expr.load(segment["splits"], slot, _BOUNDS.index(name)) for name in names}
 
 
 def _closed_bounds(segment: Op, block_n: int, let: Callable[[str, Expr], Expr]) -> dict[str, Expr]:

@@ -23,20 +23,10 @@ from spgen.ir.tiles import TILES
 from spgen.passes.normalize import leaf_of
 from spgen.passes.ownership import is_condition
 from spgen.passes.permutation import push_permutations
+from spgen.passes.tables import Q_START, TILE, B, ProgramTables, Shape, core_rank
 
 _I, J, R, S, C, P, H = map(var, ("i", "j", "r", "s", "c", "p", "h"))
-TILE, Q_LEN, KV_LEN, Q_OFFSET = (var(name) for name in ("tile", "q_len", "kv_len", "q_offset"))
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What tiling must know: heads, the rows of a row tile (per head), and the tile's sides."""
-
-    q_heads: int
-    kv_heads: int
-    row_tile: int
-    block_m: int
-    block_n: int
+Q_LEN, KV_LEN, Q_OFFSET, K_START = (var(name) for name in ("q_len", "kv_len", "q_offset", "k_start"))
 
 
 def tile(node: Op, slots: Sequence[Slot], shape: Shape) -> Op:
@@ -46,10 +36,10 @@ def tile(node: Op, slots: Sequence[Slot], shape: Shape) -> Op:
 
 def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: int) -> bool:
     """Whether heads of one group may differ, so that they cannot share a row tile."""
-    tables = _Tables(slots, Shape(q_heads, kv_heads, 1, 1, 1))
+    tables = ProgramTables(slots, Shape(q_heads, kv_heads, 1, 1, 1))
     for op in walk(node):
         for _, value in op.attrs:
-            if isinstance(value, Slot) and tables.heads_of(value, _core_rank(op)) == "q":
+            if isinstance(value, Slot) and tables.heads_of(value, core_rank(op)) == "q":
                 return True
             if isinstance(value, Expr) and any(
                 (n.op == "var" and n.args[0] == "h") or (n.op == "heads" and tables.heads_for(len(n.args)) == "q")
@@ -61,86 +51,26 @@ def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: 
     return False
 
 
-def _core_rank(op: Op) -> int:
-    """The axes of an operation's data behind batch and head."""
-    return 2 if op.kind == "listed" and op["rows"] and op["indptr"] is None else 1
-
-
-class _Tables:
-    """The tables of a program: one per distinct content, named by what they hold."""
-
-    def __init__(self, slots: Sequence[Slot], shape: Shape) -> None:
-        self.slots, self.shape = {slot.index: slot for slot in slots}, shape
-        self.ops: dict[str, Op] = {}
-        self._names: dict[Op, str] = {}
-
-    def heads_of(self, slot: Slot, core: int) -> str:
-        dims = slot.dims[:-core]
-        return self.heads_for(int(dims[-1])) if dims else "one"
-
-    def heads_for(self, count: int) -> str:
-        if count == self.shape.kv_heads:
-            return "kv" if count > 1 or self.shape.q_heads > 1 else "one"
-        return "one" if count == 1 else "q"
-
-    def widest(self, names: frozenset[str], *expressions: Expr) -> str:
-        """The head axis of something computed from these tables."""
-        kinds = {self.ops[name]["heads"] for name in names}
-        if any("h" in expr.free_variables(e) for e in expressions):
-            kinds.add("q")
-        return next((kind for kind in ("q", "kv") if kind in kinds), "one")
-
-    def add(self, kind: str, base: str, heads: str, /, **attrs: Any) -> str:
-        """The name of the table with this content."""
-        content = TILES.make(kind, name="", heads=heads, **attrs)
-        if content not in self._names:
-            name = base if base not in self.ops else f"{base}_{len(self.ops)}"
-            self._names[content] = name
-            self.ops[name] = TILES.make(kind, name=name, heads=heads, **attrs)
-        return self._names[content]
-
-    def order(self, slot: Slot, axis: str, inverse: bool = False) -> str:
-        kind = "rank" if inverse else "order"
-        return self.add(kind, f"{kind}_{slot.index}", self.heads_of(slot, 1), order=slot, axis=axis)
-
-    def resolve(self, node: Expr) -> Expr:
-        """`node` with per-head constants and document bounds read from tables."""
-        done: dict[Expr, Expr] = {}
-        for current in expr.walk(node):
-            if current.op == "heads":
-                done[current] = self._constants([arg.args[0] for arg in current.args])
-                continue
-            for name in expr.tables(current) if current.op in ("load", "count_le", "bit") else ():
-                self._documents(name)
-            done[current] = expr.rebuild(current, [done[child] for child in expr.operands(current)])
-        return done[node]
-
-    def _constants(self, values: list[int]) -> Expr:
-        base = f"constants_{sum(op.kind == 'constants' for op in self.ops.values())}"
-        name = self.add("constants", base, self.heads_for(len(values)), values=tuple(values))
-        return expr.load(name, 0, 0)
-
-    def _documents(self, name: str) -> None:
-        prefix, _, number = name.rpartition("_")
-        if prefix.startswith("document_"):
-            slot = self.slots[int(number)]
-            self.add("documents", name, "one", cu_seqlens=slot, part=prefix.removeprefix("document_"))
-
-
 @dataclass(frozen=True)
 class _Place:
-    """How a literal reads the program's rows and columns: position and row of the call, and the column."""
+    """A pair as a literal sees it: position, row and column in its spaces.
+
+    `tile_row` is the row of the tile's first slot if rows follow each other there. `order` is that of the keys, if the
+    column is a rank.
+    """
 
     position: Expr
     row: Expr
     column: Expr
+    tile_row: Expr | None
+    order: Slot | None
 
 
 class _Tiler:
     def __init__(self, node: Op, slots: Sequence[Slot], shape: Shape) -> None:
         self.node, self.shape = node, shape
         self.margin = 0  # rows around those of the call that predicates must also answer for
-        self.tables = _Tables(slots, shape)
+        self.tables = ProgramTables(slots, shape)
         orders = {op["q"] for op in walk(node) if op.kind == "permuted" and op["q"] is not None}
         self.row_order: Slot | None = orders.pop() if len(orders) == 1 else None
         first = TILE * shape.row_tile
@@ -154,6 +84,7 @@ class _Tiler:
         return TILES.make(
             "program", *self.tables.ops.values(), *segments,
             row_tile=shape.row_tile, block_m=shape.block_m, block_n=shape.block_n, row=row,
+            slot=shape.slot,
         )  # fmt: skip
 
     def segment(self, number: int, term: Op) -> Op:
@@ -170,7 +101,8 @@ class _Tiler:
         name = self.tables.add(
             "extent", f"extent_{self.row_order.index}", heads, order=self.row_order, row_tile=self.shape.row_tile
         )
-        return expr.load(name, TILE, 0) + Q_OFFSET, expr.load(name, TILE, 1) + Q_OFFSET
+        slot = self.shape.slot
+        return expr.load(name, slot, 0) + Q_OFFSET, expr.load(name, slot, 1) + Q_OFFSET
 
     def place(self, q: Slot | None, k: Slot | None, key_space: Slot | None) -> _Place:
         if q is None:
@@ -180,9 +112,11 @@ class _Tiler:
         else:
             row = expr.load(self.tables.order(q, "q", inverse=True), 0, R)
             position = row + Q_OFFSET
-        if k is None or k is key_space:
-            return _Place(position, row, J if k is None else C)
-        return _Place(position, row, expr.load(self.tables.order(k, "k", inverse=True), 0, J))
+        column = J if k is None else C
+        if k is not None and k is not key_space:
+            column = expr.load(self.tables.order(k, "k", inverse=True), 0, J)
+        follows = q is self.row_order and not self.margin
+        return _Place(position, row, column, TILE * self.shape.row_tile if follows else None, k)
 
     def predicate(self, op: Op, key_space: Slot | None, positive: bool = True) -> Expr:
         """Membership of the pair (row, column) in `op`, any combination of leaves, or in its complement."""
@@ -213,27 +147,58 @@ class _Tiler:
         if leaf.kind == "listed":
             return self.listed_predicate(leaf, at)
         if leaf.kind == "diagonals":
-            heads = self.tables.heads_of(leaf["offsets"], 1)
-            name = self.tables.add(
-                "diagonal_bits",
-                f"diagonal_bits_{leaf['offsets'].index}",
-                heads,
-                offsets=leaf["offsets"],
-                margin=self.margin,
-            )
-            return expr.bit(name, 0, at.row - at.column + KV_LEN + self.margin)
+            return self.diagonal_predicate(leaf, at)
         return self.cover_predicate(leaf, at)
 
+    def diagonal_predicate(self, leaf: Op, at: _Place) -> Expr:
+        name = self.tables.add(
+            "diagonal_bits", f"diagonal_bits_{leaf['offsets'].index}", self.tables.heads_of(leaf["offsets"], 1),
+            offsets=leaf["offsets"], margin=self.margin, order=at.order,
+        )  # fmt: skip
+        keys = KV_LEN if at.order is None else self.capacity(at.order)
+        x = keys - at.column + self.margin
+        if self.shape.cu_seqlens:
+            before = Q_START + (K_START if at.order is None else B * keys)
+            x = before + B * (1 + 2 * self.margin) + x
+        if at.tile_row is None:
+            return expr.bit(name, 0, x + at.row)
+        words = [expr.word(name, 0, x + at.tile_row + 32 * n) for n in range(-(-self.shape.row_tile // 32))]
+        return _picked(words, at.row - at.tile_row)
+
+    def capacity(self, order: Slot) -> Expr:
+        """How many ranks an order of keys has."""
+        return expr.load(self.tables.add("capacity", f"capacity_{order.index}", "one", order=order), 0, 0)
+
     def listed_predicate(self, leaf: Op, at: _Place) -> Expr:
-        row = at.row // leaf["rows"] if leaf["rows"] else const(0)
         unit = at.column // leaf["cols"]
-        if leaf["mask"] is not None or not leaf["rows"]:
-            return expr.bit(self.listed_table("bits", leaf), row, unit)
-        return expr.contains(self.listed_table("units", leaf, row_tile=0), row, unit)
+        if not leaf["rows"]:
+            return expr.bit(self.listed_table("bits", leaf, by_unit=False), 0, unit)
+        if leaf["mask"] is None:
+            return expr.contains(self.listed_table("units", leaf, row_tile=0), at.row // leaf["rows"], unit)
+        if at.tile_row is None:
+            return expr.bit(self.listed_table("bits", leaf, by_unit=False), at.row // leaf["rows"], unit)
+        name = self.listed_table("bits", leaf, by_unit=True)
+        first = self.first_group(leaf["rows"])
+        words = [expr.word(name, unit, first + 32 * n) for n in range(self.group_words(leaf["rows"]))]
+        return _picked(words, at.row // leaf["rows"] - first)
+
+    def first_group(self, rows: int) -> Expr:
+        """The group of `rows` rows that the row tile's first row is in."""
+        row_tile = self.shape.row_tile
+        if row_tile % rows == 0:
+            return TILE * (row_tile // rows)
+        return TILE // (rows // row_tile) if rows % row_tile == 0 else TILE * row_tile // rows
+
+    def group_words(self, rows: int) -> int:
+        """How many words it takes to say something of each group of `rows` rows that a row tile crosses."""
+        row_tile = self.shape.row_tile
+        whole = row_tile % rows == 0 or rows % row_tile == 0
+        groups = -(-row_tile // rows) if whole else (row_tile - 1) // rows + 2
+        return -(-groups // 32)
 
     def listed_table(self, kind: str, leaf: Op, **attrs: int) -> str:
         data = leaf["mask"] or leaf["indices"]
-        heads = self.tables.heads_of(data, _core_rank(leaf))
+        heads = self.tables.heads_of(data, core_rank(leaf))
         return self.tables.add(kind, f"{kind}_{data.index}", heads, **dict(leaf.attrs), **attrs)
 
     def cover_predicate(self, leaf: Op, at: _Place) -> Expr:
@@ -245,7 +210,16 @@ class _Tiler:
         rows, cols = leaf["rows"], leaf["cols"]
         count = sum(op.kind == "touch" for op in self.tables.ops.values())
         name = self.tables.add("touch", f"touch_{count}", heads, predicate=found, rows=rows, cols=cols)
-        return expr.bit(name, at.position // rows - Q_OFFSET // rows, at.column // cols)
+        group = at.position // rows - Q_OFFSET // rows
+        return expr.bit(name, Q_START // rows + 2 * B + group if self.shape.cu_seqlens else group, at.column // cols)
+
+
+def _picked(words: Sequence[Expr], at: Expr) -> Expr:
+    """Bit `at` of consecutive words: they are read once for each column, each row takes its bit."""
+    chosen = words[-1]
+    for n, word in reversed(list(enumerate(words[:-1]))):
+        chosen = expr.select(at < 32 * n + 32, word, chosen)
+    return expr.and_(chosen >> (at % 32 if len(words) > 1 else at), const(1)).ne(0)
 
 
 def _stripe_predicate(leaf: Op, at: _Place) -> Expr:
@@ -286,7 +260,7 @@ class _Segment:
         return _space(chosen)[1]
 
     def build(self) -> Op:
-        end = KV_LEN if self.key_space is None else expr.load(self.tables.add("capacity", "capacity", "one"), 0, 0)
+        end = KV_LEN if self.key_space is None else self.tiler.capacity(self.key_space)
         lows, highs, inner_lows, inner_highs = [const(0)], [end], [const(0)], [end]
         mask, when, exact = TRUE, TRUE, self.key_space is None
         for literal in self.literals:
@@ -370,44 +344,62 @@ class _Segment:
         aligned = rows % row_tile == 0
         name = self.tiler.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
         tiles_per_row = rows // row_tile if aligned else 1
-        row = TILE // tiles_per_row if tiles_per_row else const(0)
+        row = self.shape.slot if not aligned else TILE // tiles_per_row if tiles_per_row else const(0)
         first = expr.load(name, row, P // cols) * cols + P % cols
         source: dict[str, Any] = {
             "source": "list" if cols % self.shape.block_n == 0 else "gather",
-            "contiguous": cols % self.shape.block_n == 0,
-            "column": first, "unit": cols, "units": name, "tiles_per_row": tiles_per_row, "base": const(0),
-            "exact": aligned,
+            "contiguous": cols % self.shape.block_n == 0, "column": first, "unit": cols, "exact": aligned,
+            "list": {"units": name, "tiles_per_row": tiles_per_row, "units_by_tile": not aligned, "base": const(0)},
         }  # fmt: skip
-        if not aligned and self.driver is not None:
-            source["mask"] = self.tiler.predicate(self.driver, self.key_space)
+        if not aligned:
+            source["mask"] = self._group_mask(leaf)
         return source
 
+    def _group_mask(self, leaf: Op) -> Expr:
+        """Whether the row's own group lists the unit at this position of the row tile's union."""
+        assert self.driver is not None
+        if leaf["mask"] is not None:
+            return self.tiler.predicate(self.driver, self.key_space)
+        rows, cols = leaf["rows"], leaf["cols"]
+        count = self.tiler.group_words(rows)
+        name = self.tiler.listed_table("groups", leaf, row_tile=self.shape.row_tile, words=count)
+        words = [expr.load(name, self.shape.slot, P // cols * count + n) for n in range(count)]
+        first = self.tiler.first_group(rows)
+        return _picked(words, (R if self.tiler.row_order is None else S) // rows - first)
+
     def _diagonals(self, leaf: Op) -> dict[str, Any]:
-        """Tiles of block_n columns at fixed distances from the row tile's end."""
+        """Runs of columns that the offsets sweep over the row tile, cut into tiles from each run's first column."""
         slot, shape = leaf["offsets"], self.shape
-        name = self.tables.add(
-            "diagonal_tiles", f"diagonal_tiles_{slot.index}", self.tables.heads_of(slot, 1),
-            offsets=slot, row_tile=shape.row_tile, block_n=shape.block_n,
-        )  # fmt: skip
+        names = {
+            part: self.tables.add(
+                "diagonal_runs", f"diagonal_{part}_{slot.index}", self.tables.heads_of(slot, 1),
+                offsets=slot, row_tile=shape.row_tile, block_n=shape.block_n, part=part,
+            )
+            for part in ("starts", "ends")
+        }  # fmt: skip
         base = TILE * shape.row_tile + shape.row_tile + Q_OFFSET
-        column = expr.load(name, 0, P // shape.block_n) * shape.block_n + P % shape.block_n + base
+        number = P // shape.block_n
+        assert self.driver is not None
+        inside = (J if self.key_space is None else C) - base < expr.load(names["ends"], 0, number)
         return {
-            "source": "list", "contiguous": True, "column": column, "unit": shape.block_n, "units": name,
-            "tiles_per_row": 0, "base": base, "exact": False,
-            "mask": self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE,
+            "source": "list", "contiguous": True, "unit": shape.block_n, "exact": False,
+            "column": expr.load(names["starts"], 0, number) + P % shape.block_n + base,
+            "mask": inside & self.tiler.predicate(self.driver, self.key_space),
+            "list": {"units": names["starts"], "tiles_per_row": 0, "units_by_tile": False, "base": base},
         }  # fmt: skip
 
     def _finish(self, source: dict[str, Any], exact: bool) -> dict[str, Any]:
         """Lists get their table of position bounds."""
-        if "units" not in source:
+        if "list" not in source:
             return source
-        units, tiles_per_row, base = source.pop("units"), source.pop("tiles_per_row"), source.pop("base")
-        reads = [*self.bounds.values(), base]
-        names = frozenset({str(units)}).union(*map(expr.tables, reads))
+        listed = source.pop("list")
+        reads = [*self.bounds.values(), listed["base"]]
+        names = frozenset({str(listed["units"])}).union(*map(expr.tables, reads))
+        kind = self.tables.ops[listed["units"]].kind
         splits = self.tables.add(
-            "splits", f"splits_{self.name}", self.tables.widest(names, *reads),
-            units=units, tiles_per_row=tiles_per_row, unit=source["unit"], base=base, exact=exact, **self.bounds,
-            row_tile=self.shape.row_tile, block_n=self.shape.block_n,
+            "splits", f"splits_{self.name}", self.tables.widest(names, *reads), **listed, unit=source["unit"],
+            starts=kind == "diagonal_runs", exact=exact, **self.bounds, row_tile=self.shape.row_tile,
+            block_n=self.shape.block_n,
         )  # fmt: skip
         return {**source, "splits": splits}
 

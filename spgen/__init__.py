@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from spgen.attend import alibi as alibi
     from spgen.attend import attention as attention
     from spgen.compile import compile_count as compile_count
     from spgen.convert.flex import from_block_mask as from_block_mask
@@ -68,7 +69,7 @@ _HOMES = {
     "spgen.convert.minference": "from_minference",
     "spgen.convert.sparse": "from_sparse",
     "spgen.trace": "maximum minimum select",
-    "spgen.attend": "attention",
+    "spgen.attend": "alibi attention",
     "spgen.compile": "compile_count",
     "spgen.errors": "CacheError CacheWarning CompileError DataError DeviceError DtypeError GradientError PatternError "
     "PlanError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError",

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from spgen.data import check_data
-from spgen.errors import DtypeError, PatternError, PlanError, UnsupportedError
+from spgen.data import check_boundaries, check_data
+from spgen.errors import DtypeError, PatternError, PlanError, ShapeError, UnsupportedError
 from spgen.ops import attention as operator
 from spgen.ops import is_plain
 from spgen.patterns import Pattern
@@ -30,8 +30,9 @@ class Plan:
     """The index tensors of a pattern for given lengths, on the device; reusable over steps and layers.
 
     `tables` are int32 [batch or 1, heads, rows, columns]; their meaning is that of the level-2 program, which
-    `spgen explain --ir` prints. `key` is what the plan was made for: the pattern's text, the shapes of q and k, their
-    dtype and device, a number given as q_offset, and whether q_offset and kv_lengths were tensors.
+    `spgen explain --ir` prints. `key` is what the plan was made for: the pattern's text, the shapes of q and k, the
+    number of packed sequences, dtype and device, a number given as q_offset, and whether q_offset and kv_lengths were
+    tensors.
     """
 
     tables: list[Tensor]
@@ -43,8 +44,35 @@ class Plan:
         return sum(table.nbytes for table in self.tables)
 
 
+@dataclass(frozen=True)
+class Alibi:
+    """A bias that falls with distance: -slope * |i - j| (Press et al. 2022). Made by :func:`alibi`."""
+
+    slopes: Tensor
+
+
+def alibi(slopes: Tensor) -> Alibi:
+    """The bias -slope * |i - j| for `attend(…, bias=…)`; `slopes` [Hq] or [B, Hq], one for each query head."""
+    if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
+        given = str(slopes.dtype) if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise DtypeError("alibi: slopes", given=given, allowed="a floating-point tensor")
+    if slopes.dim() not in (1, 2):
+        raise ShapeError("alibi: slopes", given=f"shape {list(slopes.shape)}", allowed="[Hq] or [B, Hq]")
+    return Alibi(slopes)
+
+
+def _bias(bias: Tensor | Alibi) -> Tensor:
+    """As the operator takes it: slopes [1 or B, Hq], or a number per key [1 or B, heads, keys]."""
+    if isinstance(bias, Alibi):
+        return bias.slopes[(None,) * (2 - bias.slopes.dim())]
+    if not isinstance(bias, Tensor):
+        raise DtypeError("bias", given=type(bias).__name__, allowed="a tensor, or sp.alibi(slopes)")
+    return bias[(None,) * max(0, 3 - bias.dim())]
+
+
 _KEY_FIELDS = (
-    "pattern", "shape of q", "shape of k", "dtype", "device", "q_offset", "no q_offset tensor", "no kv_lengths"
+    "pattern", "shape of q", "shape of k", "packed sequences", "dtype", "device", "q_offset", "no q_offset tensor",
+    "no kv_lengths",
 )  # fmt: skip
 
 
@@ -75,7 +103,7 @@ class Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None, q_offset: int | Tensor | None = None, kv_lengths: Tensor | None = None,
-        sink_logits: Tensor | None = None, bias: Tensor | None = None, return_lse: Literal[False] = False,
+        sink_logits: Tensor | None = None, bias: Tensor | Alibi | None = None, return_lse: Literal[False] = False,
         check: bool = False,
     ) -> Tensor: ...  # fmt: skip
 
@@ -83,7 +111,7 @@ class Attention:
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None, q_offset: int | Tensor | None = None, kv_lengths: Tensor | None = None,
-        sink_logits: Tensor | None = None, bias: Tensor | None = None, return_lse: Literal[True],
+        sink_logits: Tensor | None = None, bias: Tensor | Alibi | None = None, return_lse: Literal[True],
         check: bool = False,
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
@@ -99,7 +127,7 @@ class Attention:
         q_offset: int | Tensor | None = None,
         kv_lengths: Tensor | None = None,
         sink_logits: Tensor | None = None,
-        bias: Tensor | None = None,
+        bias: Tensor | Alibi | None = None,
         return_lse: bool = False,
         check: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -109,45 +137,81 @@ class Attention:
         bfloat16 or float16, added up in float32; the result [B, Hq, Lq, Dv] has q's dtype and layout. Rows without keys
         give 0. `q_offset` (an int, or an integer tensor [B] on the device) is the position of row 0, by default the
         keys of the sequence less Lq. `kv_lengths` (integers [B] on the device) says how many keys each sequence has.
-        `plan` reuses index tensors made by :meth:`plan`. With `return_lse` also the log-sum-exp of each row's scores,
-        float32 [B, Hq, Lq], natural logarithm, -inf for rows without keys. `check` reads the pattern's tensors and
-        reports values out of range with their place (it waits for the device).
+
+        A packed batch: q [T, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] with `cu_seqlens_q` and `cu_seqlens_k`, integers
+        [N + 1] on the device: where each of N sequences starts, and the end of the last. Positions, data and
+        `q_offset`, `kv_lengths` (now [N]) are those of the padded batch of N sequences; data by row or key are as
+        long as the longest, and an order of rows ends where its sequence ends. Rows of no sequence give 0.
+
+        `sink_logits` [Hq] adds exp(sink) to each denominator (Xiao et al. 2023; gpt-oss). `bias` is added to the
+        scores: a number per key, [Lk], [H, Lk] or [B, H, Lk] with H one of 1, Hk, Hq (in a packed batch Tk keys), or
+        `sp.alibi(slopes)`; -inf removes a key.
+
+        `plan` reuses index tensors made by :meth:`plan`. With `return_lse` also the logarithm of each row's
+        denominator, float32 [B, Hq, Lq] ([Hq, T] in a packed batch), natural, -inf for rows without keys (the sink's
+        logit if there is one). `check` reads the pattern's tensors and the boundaries and reports values out of range
+        with their place (it waits for the device).
 
         Raises ShapeError, DtypeError, DeviceError, DataError, PlanError or UnsupportedError, naming the argument.
         """
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         if plan is not None:
-            wanted = (self._text, q.shape, k.shape, q.dtype, q.device, start, offsets is None, kv_lengths is None)
+            wanted = self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths)
             if plan.key != wanted:
                 _refuse_plan(plan, wanted)
         if check:
-            check_data(
-                self.pattern.node, self.pattern.data, q_len=q.shape[2], kv_len=k.shape[2], q_heads=q.shape[1],
-                kv_heads=k.shape[1], batch=q.shape[0],
-            )  # fmt: skip
+            self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
         results: tuple[Tensor, Tensor] = call(
             q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
-            offsets, start, kv_lengths, sink_logits, bias, self.scale, self.softcap, return_lse,
+            offsets, start, kv_lengths, sink_logits, None if bias is None else _bias(bias), self.scale, self.softcap,
+            return_lse,
         )  # fmt: skip
         return results if return_lse else results[0]
+
+    def _key(
+        self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, start: int | None, offsets: Tensor | None,
+        kv_lengths: Tensor | None,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What a plan is made for."""
+        sequences = None if cu_seqlens_q is None else len(cu_seqlens_q) - 1
+        return (
+            self._text, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None, kv_lengths is None
+        )  # fmt: skip
+
+    def _check_data(self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            sizes = {"q_len": q.shape[2], "kv_len": k.shape[2], "batch": q.shape[0]}
+        else:
+            sizes = {
+                "q_len": check_boundaries("cu_seqlens_q", cu_seqlens_q, q.shape[0]),
+                "kv_len": check_boundaries("cu_seqlens_k", cu_seqlens_k, k.shape[0]),
+                "batch": len(cu_seqlens_q) - 1,
+            }
+        check_data(self.pattern.node, self.pattern.data, q_heads=q.shape[1], kv_heads=k.shape[1], **sizes)
 
     def plan(
         self,
         q: Tensor,
         k: Tensor,
         *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
         q_offset: int | Tensor | None = None,
         kv_lengths: Tensor | None = None,
+        check: bool = False,
     ) -> Plan:
         """The index tensors for these lengths, made on the device without reading anything back.
 
-        Shapes as in a call. The plan serves every call with the same shapes, dtype, offsets and lengths.
+        Arguments as in a call. The plan serves every call with the same shapes, dtype, offsets and lengths.
         """
+        if check:
+            self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-        tables = torch.ops.spgen.plan(q, k, self._data, self._text, offsets, start, kv_lengths)
-        key = (self._text, q.shape, k.shape, q.dtype, q.device, start, offsets is None, kv_lengths is None)
-        return Plan(list(tables), key)
+        tables = torch.ops.spgen.plan(
+            q, k, self._data, self._text, cu_seqlens_q, cu_seqlens_k, offsets, start, kv_lengths
+        )
+        return Plan(list(tables), self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths))
 
     def explain(
         self,
@@ -169,15 +233,16 @@ def attention(
 ) -> Attention:
     """The attention operation over `pattern`.
 
-    `scale` multiplies the scores (default 1/sqrt(D)). Nothing is compiled yet. Raises DtypeError when `pattern` is no
-    pattern, PatternError for a scale that is no finite number.
+    `scale` multiplies the scores (default 1/sqrt(D)); `softcap` bounds them smoothly, softcap * tanh(score / softcap)
+    (Gemma 2). Nothing is compiled yet. Raises DtypeError when `pattern` is no pattern, PatternError for a scale that is
+    no finite number or a softcap that is not above 0.
     """
     if not isinstance(pattern, Pattern):
         raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.causal()")
     if scale is not None and not math.isfinite(scale):
         raise PatternError("scale", given=scale, allowed="a finite number, or None for 1/sqrt(D)")
-    if softcap is not None:
-        raise UnsupportedError("softcap", given=softcap, allowed="None", remedy="no kernel caps its scores yet")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise PatternError("softcap", given=softcap, allowed="a finite number above 0, or None")
     if dense != "never":
         raise UnsupportedError("dense", given=dense, allowed='"never"', remedy="no dense dispatch is built yet")
     return Attention(pattern, scale, softcap, dense)

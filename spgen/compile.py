@@ -127,7 +127,8 @@ def lower(request: Request, block_m: int, block_n: int, options: tuple[str, ...]
     node = read_short(request.pattern)
     terms = level_1(node)
     pack = request.q_heads // request.kv_heads if request.packed else 1
-    shape = Shape(request.q_heads, request.kv_heads, block_m // pack, block_m, block_n)
+    cu_seqlens = request.call.cu_seqlens
+    shape = Shape(request.q_heads, request.kv_heads, block_m // pack, block_m, block_n, cu_seqlens)
     program = tile(terms, slots(node), shape)
     kernel = hoist(schedule(program, request.call, pack, options))
     return Lowered(node, terms, program, kernel, pack)

@@ -129,8 +129,8 @@ def check_shapes(
     node: Op,
     data: Sequence[Tensor],
     *,
-    q_len: int,
-    kv_len: int,
+    q_len: int | None,
+    kv_len: int | None,
     q_heads: int,
     kv_heads: int,
     batch: int,
@@ -139,9 +139,9 @@ def check_shapes(
     """Raises ShapeError, DtypeError, DeviceError or PatternError unless `data` fit a call of these sizes.
 
     `data[n]` is the tensor of slot `$n`. Only shapes are read: nothing waits for the device. `device` is where q and k
-    are; None skips that comparison.
+    are; None skips that comparison. Lengths of None (a packed batch) leave the data's rows and columns unchecked.
     """
-    call = _Call(q_len, kv_len, q_heads, kv_heads, batch)
+    call = _Call(q_len or 0, kv_len or 0, q_heads, kv_heads, batch)
     for op in walk(node):
         if op.kind == "per_head" and len(op.operands) not in (q_heads, kv_heads):
             raise PatternError(
@@ -165,7 +165,8 @@ def check_shapes(
                 remedy="move the pattern with pattern.to(device)",
             )
         _check_leading(subject, role_of(op, name), tensor, call)
-        _check_extents(subject, op, name, tensor, call)
+        if q_len is not None and kv_len is not None:
+            _check_extents(subject, op, name, tensor, call)
 
 
 def _device(device: torch.device | str, like: Tensor) -> torch.device:
@@ -194,10 +195,10 @@ def _check_leading(subject: str, role: Role, tensor: Tensor, call: _Call) -> Non
         )
 
 
-def _extents(op: Op, name: str, call: _Call) -> dict[str, tuple[int, str]]:
+def _extents(op: Op, name: str, q_len: int, kv_len: int) -> dict[str, tuple[int, str]]:
     """For the axes whose size a call fixes: that size, and how to compute it."""
-    rows = (call.q_len, f"{call.q_len} rows of the call")
-    cols = (call.kv_len, f"{call.kv_len} keys")
+    rows = (q_len, f"{q_len} rows of the call")
+    cols = (kv_len, f"{kv_len} keys")
     if (op.kind, name) == ("permuted", "q"):
         return {"N": rows}
     if (op.kind, name) == ("permuted", "k"):
@@ -206,12 +207,12 @@ def _extents(op: Op, name: str, call: _Call) -> dict[str, tuple[int, str]]:
         return {"R": rows, "C": cols}
     if op.kind not in ("block", "top_k"):
         return {}
-    tiles = _tiles(call.q_len, op["rows"])
-    row_tiles = (tiles, f"ceil(q_len / rows) = ceil({call.q_len} / {op['rows']})")
+    tiles = _tiles(q_len, op["rows"])
+    row_tiles = (tiles, f"ceil(q_len / rows) = ceil({q_len} / {op['rows']})")
     if name == "indptr":
         return {"P": (tiles + 1, f"{row_tiles[1]} + 1")}
     if name == "mask":
-        col_tiles = (_tiles(call.kv_len, op["cols"]), f"ceil(kv_len / cols) = ceil({call.kv_len} / {op['cols']})")
+        col_tiles = (_tiles(kv_len, op["cols"]), f"ceil(kv_len / cols) = ceil({kv_len} / {op['cols']})")
         return {"R": row_tiles, "C": col_tiles}
     return {"R": row_tiles}
 
@@ -219,7 +220,7 @@ def _extents(op: Op, name: str, call: _Call) -> dict[str, tuple[int, str]]:
 def _check_extents(subject: str, op: Op, name: str, tensor: Tensor, call: _Call) -> None:
     axes = role_of(op, name).axes
     sizes = dict(zip(axes, tensor.shape[-len(axes) :], strict=True))
-    for axis, (size, reason) in _extents(op, name, call).items():
+    for axis, (size, reason) in _extents(op, name, call.q_len, call.kv_len).items():
         if axis in sizes and sizes[axis] != size:
             raise ShapeError(
                 subject,
@@ -248,6 +249,17 @@ def check_data(
     call = _Call(q_len, kv_len, q_heads, kv_heads, batch)
     for op, name, slot in places(node):
         _CHECKS[op.kind, name](_subject(op, name, slot), op, data[slot.index].detach().cpu(), data, call)
+
+
+def check_boundaries(subject: str, boundaries: Tensor, length: int) -> int:
+    """The length of the longest sequence; raises DataError unless `boundaries` lead from 0 to `length`. Waits."""
+    found = boundaries.detach().cpu()
+    remedy = "cumulative lengths: 0, the end of the first sequence, …, the end of the last"
+    _check_ascending(subject, found, remedy)
+    for place, wanted in ((0, 0), (len(found) - 1, length)):
+        if int(found[place]) != wanted:
+            _fail(subject, found, (place,), ("P",), str(wanted), remedy)
+    return int((found[1:] - found[:-1]).max())
 
 
 def _first(bad: Tensor) -> tuple[int, ...] | None:

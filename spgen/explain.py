@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spgen.arguments import Arguments, check
 from spgen.attend import Attention
 from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
 from spgen.data import check_shapes
@@ -17,11 +18,12 @@ from spgen.ir.kernel import parts
 from spgen.ir.node import Op
 from spgen.ir.pattern import read_short, slots
 from spgen.ir.tiles import segments, table_ops
-from spgen.ops import _request
+from spgen.ops import request_of
 from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern
 from spgen.reference import mask
+from spgen.sequences import Sequences
 from spgen.tables import Builder
 from spgen.target import Target
 
@@ -104,11 +106,12 @@ def explain(
     kv_lengths: Tensor | None = None,
 ) -> Explanation:  # fmt: skip
     """Explains a call; reads the pattern's data, so it waits for the device. Errors are those of the call."""
-    from spgen.ops import _check
-
     text = repr(attend.pattern)
-    _check(q, k, v, attend.pattern.data, text, q_offset, kv_lengths)
-    request = _request(q, k, v.shape[3], text, q_offset, kv_lengths, False)
+    arguments = Arguments(
+        q, k, v, attend.pattern.data, text, q_offset=q_offset, kv_lengths=kv_lengths, softcap=attend.softcap
+    )
+    check(arguments)
+    request = request_of(arguments)
     return _explained(request, attend.pattern, q, k, q_offset, kv_lengths)
 
 
@@ -117,25 +120,14 @@ def _explained(
 ) -> Explanation:
     levels = lowered(request)
     shape = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-    kv_len = k.shape[2] if kv_lengths is None else kv_lengths.clamp(0, k.shape[2])
-    offset = kv_len - q.shape[2] if q_offset is None else q_offset
-    builder = Builder(
-        pattern.data,
-        q.device,
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q_offset=offset,
-        kv_len=kv_len,
-    )
+    sequences = Sequences(q.shape[0], q.shape[2], k.shape[2], q.device, q_offset, kv_lengths)
+    builder = Builder(pattern.data, sequences, q.shape[1], k.shape[1])
     tables = builder.build(levels.program)
     counts = tuple(count_tiles(levels, builder))
     total = shape[0] * shape[1] * shape[3] * shape[4]
     needed, sampled = count_pairs(levels.terms, builder), False
     if needed is None:
-        measured, sampled = measure_density(pattern, shape, offset, kv_lengths)
+        measured, sampled = measure_density(pattern, shape, sequences.scalars()["q_offset"], kv_lengths)
         needed = round(measured * total)
     density = needed / total if total else 0.0
     cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
@@ -145,17 +137,17 @@ def _explained(
 def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     """The tiles of each segment, summed over sequences, heads and row tiles."""
     kernel, program = levels.kernel, levels.program
-    tiles = max(1, -(-builder.q_len // program["row_tile"]))
+    tiles = builder.sequences.tiles(program["row_tile"])
     heads = "kv" if levels.pack > 1 else "q"
-    programs = builder.batch * (builder.kv_heads if levels.pack > 1 else builder.q_heads)
-    env: dict[str, Any] = {**builder.variables(heads, 1), "tile": builder.arange(tiles).reshape(1, 1, -1)}
+    whole = (builder.sequences.batch, builder.kv_heads if levels.pack > 1 else builder.q_heads, tiles.count)
+    env: dict[str, Any] = builder.variables(heads, 1, tiles)
     for let in parts(kernel, "let"):
         if let["per"] == "program":
             env[let["name"]] = builder.evaluate(let["value"], env, heads, 1)
 
     def value(node: Expr) -> Tensor:
         found = torch.as_tensor(builder.evaluate(node, env, heads, 1))
-        return found.expand(builder.batch, programs // builder.batch, tiles) if found.dim() in (0, 3) else found
+        return found.expand(whole) if found.dim() in (0, 3) else found
 
     return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]
 
@@ -178,10 +170,10 @@ def count_pairs(terms: Op, builder: Builder) -> int | None:
     counts = [keys_of_row(term) for term in terms.operands]
     if None in counts:
         return None
-    row = builder.arange(builder.q_len).reshape(1, 1, -1)
+    row = builder.arange(builder.sequences.q_len).reshape(1, 1, -1)
     env = builder.variables("q", 1)
     env["i"] = row + env["q_offset"]
-    whole = (builder.batch, builder.q_heads, builder.q_len)
+    whole = (builder.sequences.batch, builder.q_heads, builder.sequences.q_len)
     total = 0
     for count in counts:
         keys = torch.as_tensor(builder.evaluate(count, env, "q", 1))  # type: ignore[arg-type]
@@ -190,7 +182,7 @@ def count_pairs(terms: Op, builder: Builder) -> int | None:
 
 
 def measure_density(
-    pattern: Pattern, shape: tuple[int, int, int, int, int], offset: int | Tensor, kv_lengths: Tensor | None
+    pattern: Pattern, shape: tuple[int, int, int, int, int], offset: Any, kv_lengths: Tensor | None
 ) -> tuple[float, bool]:
     """Share of the pairs that the pattern holds, and whether it was measured on sampled rows only."""
     batch, q_heads, kv_heads, q_len, kv_len = shape

@@ -9,19 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
 from spgen.compile import Compiled, Request, compiled, is_packed, lowered
-from spgen.data import check_shapes
-from spgen.errors import DeviceError, DtypeError, GradientError, PlanError, ShapeError, UnsupportedError
+from spgen.errors import GradientError, PlanError
 from spgen.ir.kernel import parts
-from spgen.ir.pattern import read_short
 from spgen.ir.tiles import table_ops
 from spgen.passes.schedule import Call
-from spgen.settings import settings, triton_interpreted
 from spgen.tables import Builder
 from spgen.target import Target
 
@@ -31,13 +29,11 @@ _SCHEMA = """attention(
     float? scale, float? softcap, bool return_lse
 ) -> (Tensor, Tensor)"""
 _PLAN_SCHEMA = """plan(
-    Tensor q, Tensor k, Tensor[] data, str pattern, Tensor? q_offset, SymInt? q_start, Tensor? kv_lengths
+    Tensor q, Tensor k, Tensor[] data, str pattern, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offset,
+    SymInt? q_start, Tensor? kv_lengths
 ) -> Tensor[]"""
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_MAX_HEAD_DIM = 256
 _MANY_CALLS = 4096  # different calls to remember; a cache of keys that grows makes a new one at each step
-Offset: TypeAlias = "Tensor | int | None"
 
 
 @dataclass(frozen=True)
@@ -74,36 +70,43 @@ def attention(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """What the operator does on CPUs and GPUs; arguments are those of its schema."""
-    if not (cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None):
-        _refuse(
-            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sink_logits=sink_logits, bias=bias, softcap=softcap
-        )
     offset: Offset = q_offset if q_start is None else q_start
+    plain = cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
     key = (
         pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
         offset.__class__, kv_lengths is None, None if plan else tuple([(t.shape, t.device) for t in data]),
+        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap),
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
-        ready = _prepare(q, k, v, data, pattern, offset, kv_lengths, return_lse)
+        arguments = Arguments(
+            q, k, v, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths, sink_logits, bias, softcap
+        )
+        ready = _prepare(arguments, return_lse)
         if plan:
             _check_tiles(ready.compiled)
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
         _ready[key] = ready
-    out = _like(q, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if return_lse else None
+    out = _like(q, v.shape[-1])
+    lse = q.new_empty(_lse_shape(q), dtype=torch.float32) if return_lse else None
     if ready.starts_empty:
-        out.zero_()
-        if lse is not None:
-            lse.fill_(-math.inf)
+        _fill_empty(out, lse, sink_logits)
     if ready.launch is None:
         return out, lse
     tables: Sequence[Tensor] = ()
     if ready.needs_tables:
-        built = plan or _tables(ready.compiled.lowered.program, q, k, data, offset, kv_lengths)
+        built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
         tables = [built[at] for at in ready.read]
-    ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, ready.scale if scale is None else scale)
+    scale = ready.scale if scale is None else scale
+    if plain:
+        ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale)
+    elif cu_seqlens_q is None:
+        ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale, extras_of(q, k, sink_logits, bias, softcap))
+    else:
+        extras = extras_of(q, k, sink_logits, bias, softcap, cu_seqlens_q, cu_seqlens_k)
+        views = [as_batch(x) for x in (q, k, v, out)]
+        ready.launch(*views, None if lse is None else lse[None], tables, offset, kv_lengths, scale, extras)
     return out, lse
 
 
@@ -115,14 +118,28 @@ def _operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _like(q: Tensor, value_dim: int) -> Tensor:
     """An uninitialised result whose axes lie in memory as q's do, the innermost contiguous."""
-    if q.shape[3] == value_dim:
+    if q.shape[-1] == value_dim:
         out = torch.empty_like(q)
-        if out.stride(3) == 1:
+        if out.stride(-1) == 1:
             return out
-    batch, heads, rows, _ = q.shape
-    if q.stride(1) < q.stride(2):
-        return q.new_empty((batch, rows, heads, value_dim)).transpose(1, 2)
-    return q.new_empty((batch, heads, rows, value_dim))
+    shape = (*q.shape[:-1], value_dim)
+    if q.stride(-3) < q.stride(-2):
+        return q.new_empty((*shape[:-3], shape[-2], shape[-3], value_dim)).transpose(-3, -2)
+    return q.new_empty(shape)
+
+
+def _lse_shape(q: Tensor) -> tuple[int, ...]:
+    """[B, Hq, Lq], or [Hq, T] for a packed batch."""
+    return tuple(q.shape[:3]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+def _fill_empty(out: Tensor, lse: Tensor | None, sink_logits: Tensor | None) -> None:
+    """Rows without keys."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(-math.inf)
+        if sink_logits is not None:
+            lse.copy_(sink_logits[:, None].expand(lse.shape))
 
 
 def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -140,25 +157,17 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _refuse(**options: Any) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise UnsupportedError(name, given="a value", allowed="None", remedy="no kernel takes this argument yet")
-
-
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], pattern: str, offset: Offset, kv_lengths: Tensor | None,
-    return_lse: bool,
-) -> _Ready:  # fmt: skip
+def _prepare(arguments: Arguments, return_lse: bool) -> _Ready:
     """Checks a new kind of call and compiles its kernel."""
-    _check(q, k, v, data, pattern, offset, kv_lengths)
-    request = _request(q, k, v.shape[3], pattern, offset, kv_lengths, return_lse)
+    check(arguments)
+    q, k = arguments.q, arguments.k
+    request = request_of(arguments, return_lse)
     done = compiled(request)
     names = [op["name"] for op in table_ops(done.lowered.program)]
     read = tuple(names.index(op["name"]) for op in parts(done.lowered.kernel, "table"))
-    idle = 0 in (*q.shape, k.shape[2])
+    idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
-    return _Ready(done, None if idle else done.kernel, bool(names), read, starts_empty, 1 / math.sqrt(q.shape[3]))
+    return _Ready(done, None if idle else done.kernel, bool(names), read, starts_empty, 1 / math.sqrt(q.shape[-1]))
 
 
 def _check_tiles(done: Compiled) -> None:
@@ -172,106 +181,54 @@ def _check_tiles(done: Compiled) -> None:
         )  # fmt: skip
 
 
-def _request(
-    q: Tensor, k: Tensor, value_dim: int, pattern: str, offset: Offset, kv_lengths: Tensor | None, return_lse: bool
-) -> Request:
+def request_of(arguments: Arguments, return_lse: bool = False) -> Request:
     """What a kernel is specialised for; while tracing, int() fixes the heads and head sizes of the graph."""
+    q, k, v, offset = arguments.q, arguments.k, arguments.v, arguments.q_offset
+    heads_at = -3 if q.dim() == 4 else -2
     mode = "default" if offset is None else "tensor" if isinstance(offset, Tensor) else "scalar"
-    call = Call(_DTYPES[q.dtype], int(q.shape[3]), int(value_dim), mode, kv_lengths is not None, return_lse)
-    heads = int(q.shape[1]), int(k.shape[1])
-    request = Request(pattern, call, *heads, False, Target.of(q.device))
-    packed = is_packed(pattern, *heads, q.shape[2], lowered(request).kernel["block_m"])
+    bias = arguments.bias
+    call = Call(
+        DTYPES[q.dtype], int(q.shape[-1]), int(v.shape[-1]), mode, arguments.kv_lengths is not None, return_lse,
+        arguments.cu_seqlens_q is not None, arguments.softcap is not None, arguments.sink_logits is not None,
+        "none" if bias is None else "alibi" if bias.dim() == 2 else "key",
+    )  # fmt: skip
+    heads = int(q.shape[heads_at]), int(k.shape[heads_at])
+    request = Request(arguments.pattern, call, *heads, False, Target.of(q.device))
+    packed = is_packed(arguments.pattern, *heads, arguments.typical_rows, lowered(request).kernel["block_m"])
     return replace(request, packed=packed)
 
 
 def _tables(
-    program: Any, q: Tensor, k: Tensor, data: Sequence[Tensor], offset: Offset, kv_lengths: Tensor | None
-) -> list[Tensor]:
-    keys = k.shape[2]
-    kv_len = keys if kv_lengths is None else kv_lengths.clamp(0, keys)
+    done: Compiled, q: Tensor, k: Tensor, data: Sequence[Tensor], cu_q: Tensor | None, cu_k: Tensor | None,
+    offset: Offset, kv_lengths: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
     builder = Builder(
-        data, q.device, q.shape[0], q.shape[1], k.shape[1], q.shape[2], keys,
-        q_offset=kv_len - q.shape[2] if offset is None else offset, kv_len=kv_len,
-    )  # fmt: skip
-    return builder.build(program)
+        data, sequences_of(q, k, cu_q, cu_k, offset, kv_lengths), done.request.q_heads, done.request.kv_heads
+    )
+    return builder.build(done.lowered.program)
 
 
 def _plan(
-    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, q_offset: Tensor | None, q_start: int | None,
-    kv_lengths: Tensor | None,
+    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     offset: Offset = q_offset if q_start is None else q_start
-    _check(q, k, k, data, pattern, offset, kv_lengths)
-    request = _request(q, k, k.shape[3], pattern, offset, kv_lengths, False)
-    return _tables(lowered(request).program, q, k, data, offset, kv_lengths)
-
-
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], pattern: str, offset: Offset, kv_lengths: Tensor | None
-) -> None:
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != 4:
-            raise ShapeError(name, given=f"{tensor.dim()} axes", allowed="4 axes: [batch, heads, length, head size]")
-        if tensor.device != q.device:
-            raise DeviceError(name, given=str(tensor.device), allowed=f"{q.device}, the device of q")
-        if tensor.dtype != q.dtype:
-            raise DtypeError(name, given=str(tensor.dtype), allowed=f"{q.dtype}, the dtype of q")
-    _check_sizes(q, k, v)
-    _check_dtype(q)
-    for name, value in (("q_offset", offset), ("kv_lengths", kv_lengths)):
-        if isinstance(value, Tensor):
-            _check_per_sequence(name, value, q)
-    check_shapes(
-        read_short(pattern), data, q_len=q.shape[2], kv_len=k.shape[2], q_heads=q.shape[1], kv_heads=k.shape[1],
-        batch=q.shape[0], device=q.device,
-    )  # fmt: skip
-
-
-def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    batch, heads, _, head_dim = q.shape
-    if k.shape[0] != batch or v.shape[0] != batch:
-        raise ShapeError("k, v", given=f"batches of {k.shape[0]} and {v.shape[0]}", allowed=f"{batch}, the batch of q")
-    if k.shape[1:3] != v.shape[1:3]:
-        raise ShapeError("v", given=f"{list(v.shape)}", allowed=f"k's heads and length, {list(k.shape[1:3])}")
-    if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ShapeError("k", given=f"{k.shape[1]} heads", allowed=f"a number that divides the {heads} heads of q")
-    if k.shape[3] != head_dim:
-        raise ShapeError("k", given=f"head size {k.shape[3]}", allowed=f"{head_dim}, the head size of q")
-    for name, size in (("q", head_dim), ("v", v.shape[3])):
-        if not 1 <= size <= _MAX_HEAD_DIM:
-            raise ShapeError(name, given=f"head size {size}", allowed=f"1 to {_MAX_HEAD_DIM}")
-
-
-def _check_dtype(q: Tensor) -> None:
-    if q.dtype not in _DTYPES:
-        allowed = ", ".join(_DTYPES.values())
-        raise DtypeError("q", given=str(q.dtype), allowed=allowed, remedy="convert q, k and v")
-    compiled_for_cpu = q.device.type == "cpu" and settings().backend != "triton"
-    if q.device.type == "cpu" and not compiled_for_cpu and not triton_interpreted():
-        raise DeviceError("q", given="cpu with SPGEN_BACKEND=triton", allowed="a GPU, or TRITON_INTERPRET=1")
-
-
-def _check_per_sequence(name: str, value: Tensor, q: Tensor) -> None:
-    if value.dtype not in (torch.int32, torch.int64):
-        raise DtypeError(name, given=str(value.dtype), allowed="int32 or int64")
-    if tuple(value.shape) != (q.shape[0],):
-        raise ShapeError(name, given=list(value.shape), allowed=f"[{q.shape[0]}], one for each sequence")
-    if value.device != q.device:
-        raise DeviceError(name, given=str(value.device), allowed=f"{q.device}, the device of q")
+    arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+    check(arguments)
+    request = request_of(arguments)
+    sequences = sequences_of(q, k, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+    return Builder(data, sequences, request.q_heads, request.kv_heads).build(lowered(request).program)
 
 
 def _fake_attention(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], plan: Sequence[Tensor], pattern: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[3]), q.new_empty(q.shape[:3] if rest[-1] else (0,), dtype=torch.float32)
+    return _like(q, v.shape[-1]), q.new_empty(_lse_shape(q) if rest[-1] else (0,), dtype=torch.float32)
 
 
-def _fake_plan(
-    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, q_offset: Tensor | None, q_start: int | None,
-    kv_lengths: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+def _fake_plan(q: Tensor, k: Tensor, *rest: Any) -> list[Tensor]:
     # Tables are made of ordinary tensor operations, which know their shapes.
-    return _plan(q, k, data, pattern, q_offset, q_start, kv_lengths)
+    return _plan(q, k, *rest)
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> Any:

@@ -94,20 +94,21 @@ class Pattern:
         kv_heads: int | None = None,
         batch: int = 1,
         q_offset: int | Tensor | Sequence[int] | None = None,
+        q_lengths: Tensor | Sequence[int] | None = None,
         kv_lengths: Tensor | Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> Tensor:
         """The dense mask, bool [batch, q_heads, q_len, kv_len]: what the pattern means.
 
         `kv_len` defaults to `q_len`, `kv_heads` to `q_heads`. `q_offset` (an int or [batch]) is the position of row
-        0, by default the keys of the sequence less `q_len`; `kv_lengths` [batch] says how many keys each sequence
-        has. Raises ShapeError when data do not fit, UnsupportedError for a selection.
+        0, by default the keys of the sequence less its rows; `kv_lengths` and `q_lengths` [batch] say how many keys
+        and rows each sequence has. Raises ShapeError when data do not fit, UnsupportedError for a selection.
         """
         from spgen.reference import mask
 
         return mask(
             self, q_len, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=q_offset,
-            kv_lengths=kv_lengths, device=device,
+            q_lengths=q_lengths, kv_lengths=kv_lengths, device=device,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ class Call:
     q_heads: int = 1
     kv_heads: int = 1
     batch: int = 1
+    rows: tuple[int, ...] | None = None  # of each sequence, if they differ
 
     @property
     def leading(self) -> st.SearchStrategy[tuple[int, ...]]:
@@ -92,12 +93,25 @@ class Call:
     @st.composite
     @staticmethod
     def _orders(draw: st.DrawFn, call: Call, length: int) -> Tensor:
-        shape = (*draw(call.leading), length)
-        return torch.rand(shape, generator=draw(call.generators)).argsort(-1).to(draw(DTYPES))
+        keys = torch.rand((*draw(call.leading), length), generator=draw(call.generators))
+        return keys.argsort(-1).to(draw(DTYPES))
 
     def orders(self, length: int) -> st.SearchStrategy[Tensor]:
         """Permutations [..., length]."""
         return Call._orders(self, length)
+
+    @st.composite
+    @staticmethod
+    def _orders_of_rows(draw: st.DrawFn, call: Call, rows: tuple[int, ...]) -> Tensor:
+        heads = draw(st.sampled_from(sorted({1, call.kv_heads, call.q_heads})))
+        keys = torch.rand((call.batch, heads, call.q_len), generator=draw(call.generators))
+        behind = torch.arange(call.q_len) >= torch.tensor(rows)[:, None, None]
+        return (keys + 2 * behind).argsort(-1).to(draw(DTYPES))
+
+    @property
+    def orders_of_rows(self) -> st.SearchStrategy[Tensor]:
+        """Permutations of each sequence's rows."""
+        return self.orders(self.q_len) if self.rows is None else Call._orders_of_rows(self, self.rows)
 
     def boundaries(self) -> st.SearchStrategy[Tensor]:
         """cu_seqlens; some documents are empty, some positions belong to none."""
@@ -185,7 +199,7 @@ def mixtures(call: Call, parts: st.SearchStrategy[Pattern]) -> st.SearchStrategy
 @st.composite
 def _permuted(draw: st.DrawFn, call: Call, parts: st.SearchStrategy[Pattern]) -> Pattern:
     axes = draw(st.sampled_from(["k", "q", "both"]))
-    q = draw(call.orders(call.q_len)) if axes != "k" else None
+    q = draw(call.orders_of_rows) if axes != "k" else None
     k = draw(call.orders(call.kv_len)) if axes != "q" else None
     return sp.permuted(draw(parts), q=q, k=k)
 
@@ -203,13 +217,15 @@ def patterns(
     permuted: bool = True,
     covered: bool = True,
     max_leaves: int = 4,
+    rows: tuple[int, ...] | None = None,
 ) -> st.SearchStrategy[Pattern]:
     """Bound patterns that fit a call of these sizes.
 
     The flags leave out leaves with data, per-head mixtures, permutations and covers. Inside these three stand simple
-    patterns (no mixture of mixtures); all of them are then combined, with about `max_leaves` parts.
+    patterns (no mixture of mixtures); all of them are then combined, with about `max_leaves` parts. `rows` are those of
+    each sequence of a packed batch, whose longest has `q_len`.
     """
-    call = Call(q_len, kv_len, q_heads, kv_heads, batch)
+    call = Call(q_len, kv_len, q_heads, kv_heads, batch, rows)
     leaves = st.one_of(closed_forms(call), with_data(call)) if data else closed_forms(call)
     simple = algebra(leaves, 3)
     parts = [leaves, leaves]

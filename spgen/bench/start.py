@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 import spgen as sp
+from spgen.arguments import Arguments
 from spgen.attend import Attention, Plan
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.measure import per_call
 from spgen.compile import compiled
 from spgen.errors import CompileError
-from spgen.ops import _request
+from spgen.ops import request_of
 
 # Runs in a process of its own. torch is imported, and its device and threads are up, before the clock starts.
 _FIRST_CALL = """
@@ -82,7 +83,7 @@ def launches(device: str, dtype: torch.dtype) -> dict[str, float]:
 
 def bare_launch(attend: Attention, plan: Plan, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Callable[[], Any]:
     """The compiled CPU kernel's own launch, with the arguments of this call: no operator, no checks, no allocation."""
-    kernel = compiled(_request(q, k, v.shape[3], repr(attend.pattern), None, None, False)).kernel
+    kernel = compiled(request_of(Arguments(q, k, v, attend.pattern.data, repr(attend.pattern)))).kernel
     seen: list[tuple[Any, ...]] = []
     attend(q, k, v, plan=plan)
     function = kernel._function

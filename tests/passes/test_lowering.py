@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,46 +14,85 @@ import spgen as sp
 from spgen.compile import _query_head_matters
 from spgen.errors import UnsupportedError
 from spgen.patterns import Pattern
-from tests.lowering import lowered_pairs
+from tests.lowering import Lengths, lowered_pairs
 from tests.strategies import patterns
 
 TILES = st.sampled_from([(8, 8), (16, 8), (8, 16), (16, 16)])
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Pattern, dict[str, object]]:
-    """A pattern with a call's sizes and options."""
+def cases(draw: st.DrawFn) -> tuple[Pattern, Lengths]:
+    """A pattern with a call's sizes, options and tiles."""
     group, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
-    q_len, kv_len = draw(st.integers(1, 40)), draw(st.integers(1, 48))
+    heads = {"q_heads": group * kv_heads, "kv_heads": kv_heads}
     batch = draw(st.sampled_from([1, 2]))
-    pattern = draw(patterns(q_len=q_len, kv_len=kv_len, q_heads=group * kv_heads, kv_heads=kv_heads, batch=batch))
-    call: dict[str, object] = {
-        "q_len": q_len, "kv_len": kv_len, "q_heads": group * kv_heads, "kv_heads": kv_heads, "batch": batch,
-    }  # fmt: skip
+    q_len, kv_len = draw(st.integers(1, 40)), draw(st.integers(1, 48))
+    pattern = draw(patterns(q_len=q_len, kv_len=kv_len, batch=batch, **heads))
+    call = Lengths(q_len, kv_len, **heads, batch=batch, **_options(draw, batch, kv_len))
+    return pattern, replace(call, pack=_may_pack(draw, pattern, call))
+
+
+def _options(draw: st.DrawFn, batch: int, kv_len: int) -> dict[str, Any]:
+    """Offsets, lengths and tiles."""
+    block_m, block_n = draw(TILES)
+    options: dict[str, Any] = {"block_m": block_m, "block_n": block_n}
     offset = draw(st.sampled_from(["default", "scalar", "tensor"]))
     if offset != "default":
         offsets = draw(st.lists(st.integers(-5, 50), min_size=batch, max_size=batch))
-        call["q_offset"] = offsets[0] if offset == "scalar" else torch.tensor(offsets)
+        options["q_offset"] = offsets[0] if offset == "scalar" else torch.tensor(offsets)
     if draw(st.booleans()):
-        lengths = draw(st.lists(st.integers(0, kv_len), min_size=batch, max_size=batch))
-        call["kv_lengths"] = torch.tensor(lengths)
-    return pattern, call
+        options["kv_lengths"] = torch.tensor(draw(st.lists(st.integers(0, kv_len), min_size=batch, max_size=batch)))
+    return options
 
 
-@given(cases(), TILES, st.booleans())
-def test_lowered_pairs_are_the_oracles(
-    case: tuple[Pattern, dict[str, object]], tile: tuple[int, int], pack: bool
-) -> None:
+def _may_pack(draw: st.DrawFn, pattern: Pattern, call: Lengths) -> bool:
+    matters = _query_head_matters(repr(pattern), call.q_heads, call.kv_heads)
+    return draw(st.booleans()) and call.q_heads != call.kv_heads and not matters
+
+
+@given(cases())
+def test_lowered_pairs_are_the_oracles(case: tuple[Pattern, Lengths]) -> None:
     pattern, call = case
-    q_heads, kv_heads = call["q_heads"], call["kv_heads"]
-    packed = pack and q_heads != kv_heads and not _query_head_matters(repr(pattern), q_heads, kv_heads)  # type: ignore[arg-type]
-    found = lowered_pairs(pattern, block_m=tile[0], block_n=tile[1], packed=packed, **call)  # type: ignore[arg-type]
-    wanted = pattern.mask(**call)  # type: ignore[arg-type]
-    assert torch.equal(found, wanted)
+    assert torch.equal(lowered_pairs(pattern, call), wanted_pairs(pattern, call))
+
+
+def wanted_pairs(pattern: Pattern, call: Lengths) -> torch.Tensor:
+    """The oracle's mask; of a packed batch that of the padded one, without the rows that do not exist."""
+    heads = {"q_heads": call.q_heads, "kv_heads": call.kv_heads}
+    if call.cu_q is None or call.cu_k is None:
+        options = {"q_offset": call.q_offset, "kv_lengths": call.kv_lengths}
+        return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
+    rows, keys = call.cu_q.diff(), call.cu_k.diff()
+    lengths = keys if call.kv_lengths is None else torch.minimum(keys, call.kv_lengths.clamp(min=0))
+    offset = lengths - rows if call.q_offset is None else call.q_offset
+    options = {"q_offset": offset, "kv_lengths": lengths, "q_lengths": rows}
+    return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
+
+
+@st.composite
+def packed_cases(draw: st.DrawFn) -> tuple[Pattern, Lengths]:
+    """A pattern over a packed batch, with rows and keys that belong to no sequence."""
+    group, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
+    heads = {"q_heads": group * kv_heads, "kv_heads": kv_heads}
+    rows = draw(st.lists(st.integers(0, 30), min_size=1, max_size=4))
+    keys = [draw(st.integers(0, 30)) for _ in rows]
+    rows[0], keys[-1] = rows[0] + 1, keys[-1] + 1  # some sequence has a row, some a key
+    cu = [torch.tensor([0, *sizes]).cumsum(0) + draw(st.integers(0, 9)) for sizes in (rows, keys)]
+    q_len, kv_len, batch = max(rows), max(keys), len(rows)
+    pattern = draw(patterns(q_len=q_len, kv_len=kv_len, batch=batch, **heads, rows=tuple(rows)))
+    options = _options(draw, batch, kv_len)
+    call = Lengths(q_len, kv_len, **heads, batch=batch, **options, cu_q=cu[0], cu_k=cu[1])
+    return pattern, replace(call, pack=_may_pack(draw, pattern, call))
+
+
+@given(packed_cases())
+def test_lowered_pairs_of_packed_batches_are_the_oracles(case: tuple[Pattern, Lengths]) -> None:
+    pattern, call = case
+    assert torch.equal(lowered_pairs(pattern, call), wanted_pairs(pattern, call))
 
 
 @pytest.mark.parametrize("order", ["q", "k"])
 def test_one_axis_has_one_order(order: str) -> None:
     twice = sp.permuted(sp.permuted(sp.causal(), **{order: torch.arange(8)}), **{order: torch.arange(8)})
     with pytest.raises(UnsupportedError, match="permutation of a permutation"):
-        lowered_pairs(twice, 8, 8)
+        lowered_pairs(twice, Lengths(8, 8))

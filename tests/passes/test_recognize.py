@@ -19,7 +19,7 @@ from spgen.passes.normalize import normalize
 from spgen.passes.recognize import recognize
 from spgen.patterns import Pattern
 from tests.ir.expressions import CONDITIONS, ENVIRONMENTS, INTEGERS
-from tests.lowering import lowered_pairs
+from tests.lowering import Lengths, lowered_pairs
 
 VARIABLES = tuple(map(var, "bhij"))
 PLACES = [(b, h, i, j) for b in (0, 1) for h in (0, 3) for i in (-7, -1, 0, 3, 8, 17, 20) for j in (0, 1, 4, 9, 16, 19)]
@@ -119,7 +119,7 @@ def test_kernels_visit_the_oracles_pairs(predicate: Expr, lengths: tuple[int, in
         return
     pattern = Pattern(Op("pattern.where", (), (("predicate", predicate),)))
     call: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "batch": 2, "q_offset": offset}
-    found = lowered_pairs(pattern, *lengths, block_m=8, block_n=8, **call)
+    found = lowered_pairs(pattern, Lengths(*lengths, block_m=8, block_n=8, **call))
     assert torch.equal(found, pattern.mask(*lengths, **call))
 
 

@@ -8,7 +8,7 @@ import torch
 import spgen as sp
 from spgen.explain import count_pairs, explain_text
 from spgen.patterns import Pattern
-from tests.lowering import lowered_builder
+from tests.lowering import Lengths, lowered_builder
 
 CLOSED = [
     sp.dense(),
@@ -23,12 +23,12 @@ CLOSED = [
 @pytest.mark.parametrize("pattern", CLOSED, ids=repr)
 @pytest.mark.parametrize(("q_len", "kv_len"), [(60, 60), (13, 60), (60, 13)])
 def test_pairs_of_closed_forms_are_counted_exactly(pattern: Pattern, q_len: int, kv_len: int) -> None:
-    levels, builder = lowered_builder(pattern, q_len, kv_len, q_heads=4, kv_heads=2)
+    levels, builder = lowered_builder(pattern, Lengths(q_len, kv_len, 4, 2))
     assert count_pairs(levels.terms, builder) == pattern.mask(q_len, kv_len, q_heads=4, kv_heads=2).sum()
 
 
 def test_other_pairs_have_no_symbolic_count() -> None:
-    levels, builder = lowered_builder(sp.stripe(3), 20, 20)
+    levels, builder = lowered_builder(sp.stripe(3), Lengths(20, 20))
     assert count_pairs(levels.terms, builder) is None
 
 

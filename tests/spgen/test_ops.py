@@ -47,7 +47,7 @@ def test_opcheck(pattern: sp.Pattern, return_lse: bool) -> None:
 def test_opcheck_of_plans() -> None:
     pattern = sp.causal() & sp.columns(torch.tensor([1, 5, 30]))
     q, k, _ = tensors()
-    torch.library.opcheck(torch.ops.spgen.plan.default, (q, k, list(pattern.data), repr(pattern), None, None, None))
+    torch.library.opcheck(torch.ops.spgen.plan.default, (q, k, list(pattern.data), repr(pattern), *[None] * 5))
 
 
 def test_compiles_in_one_graph_for_all_lengths() -> None:

@@ -1,13 +1,8 @@
-"""The oracle: what every kernel must agree with, written down as directly as possible.
-
-`mask` decides each pair (row, key) by recursion over the pattern, on dense index tensors; `attention` computes from a
-mask in float64. Nothing here is shared with the passes or the kernels, and nothing here is fast.
-"""
+"""The dense mask of a pattern: each pair (row, key) is decided by recursion, on dense index tensors."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +32,7 @@ class _Call:
     batch: int
     q_offset: Tensor  # [B]
     lengths: Tensor  # [B]
+    rows: Tensor  # [B]
     device: torch.device
 
     def tensor(self, op: Op, name: str, rank: int) -> Tensor:
@@ -76,19 +72,21 @@ def mask(
     kv_heads: int | None = None,
     batch: int = 1,
     q_offset: int | Tensor | Sequence[int] | None = None,
+    q_lengths: Tensor | Sequence[int] | None = None,
     kv_lengths: Tensor | Sequence[int] | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The dense mask of a pattern: bool [batch, q_heads, q_len, kv_len].
 
     `kv_len` defaults to `q_len`, `kv_heads` to `q_heads`. `q_offset` (an int or [batch]) is the position of row 0 and
-    defaults to the keys of the sequence less `q_len`; `kv_lengths` [batch] says how many keys each sequence has.
+    defaults to the keys of the sequence less its rows; `kv_lengths` and `q_lengths` [batch] say how many keys and rows
+    each sequence has.
     The result is on `device`: by default where the pattern's data are, else on the CPU.
     Raises ShapeError and its kin when the data do not fit, UnsupportedError for a selection.
     """
     kv_len = q_len if kv_len is None else kv_len
     kv_heads = q_heads if kv_heads is None else kv_heads
-    _check_heads(q_heads, kv_heads)
+    check_heads(q_heads, kv_heads)
     for op in walk(pattern.node):
         if is_selected(op):
             raise UnsupportedError(
@@ -103,16 +101,18 @@ def mask(
         device = pattern.data[0].device if pattern.data else "cpu"
     device = torch.device(device)
     lengths = _per_sequence("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, device)
-    offsets = lengths - q_len if q_offset is None else _per_sequence("q_offset", q_offset, batch, device)
+    rows = _per_sequence("q_lengths", q_len if q_lengths is None else q_lengths, batch, device)
+    offsets = lengths - rows if q_offset is None else _per_sequence("q_offset", q_offset, batch, device)
     data = tuple(tensor.detach().to(device) for tensor in pattern.data)
     data = tuple(tensor if tensor.dtype == torch.bool else tensor.long() for tensor in data)
-    call = _Call(data, q_len, kv_len, q_heads, kv_heads, batch, offsets, lengths, device)
+    call = _Call(data, q_len, kv_len, q_heads, kv_heads, batch, offsets, lengths, rows, device)
     grid = _grid(call, torch.arange(q_len, device=device) + offsets[:, None])
-    wanted = _holds(call, grid, pattern.node, True) & _exists(call, grid)
+    wanted = _holds(call, grid, pattern.node, True) & _exists(call, grid) & _in_call(call, grid)
     return wanted.expand(batch, q_heads, q_len, kv_len).clone()
 
 
-def _check_heads(q_heads: int, kv_heads: int) -> None:
+def check_heads(q_heads: int, kv_heads: int) -> None:
+    """Raises ShapeError unless the query heads are whole groups."""
     if kv_heads < 1 or q_heads % kv_heads:
         raise ShapeError("kv_heads", given=kv_heads, allowed=f"a divisor of the {q_heads} query heads")
 
@@ -142,7 +142,7 @@ def _exists(call: _Call, grid: _Grid) -> Tensor:
 
 
 def _in_call(call: _Call, grid: _Grid) -> Tensor:
-    return (grid.r >= 0) & (grid.r < call.q_len)
+    return (grid.r >= 0) & (grid.r < call.rows[:, None, None, None])
 
 
 def _holds(call: _Call, grid: _Grid, op: Op, positive: bool) -> Tensor:
@@ -184,6 +184,7 @@ def _permuted(call: _Call, grid: _Grid, op: Op, positive: bool) -> Tensor:
     r, i, j = grid.r, grid.i, grid.j
     if op["q"] is not None:
         r = _rank(call, grid, call.tensor(op, "q", 1), grid.r)
+        r = torch.where(r < call.rows[:, None, None, None], r, -1)
         i = r + call.q_offset[:, None, None, None]
     if op["k"] is not None:
         j = _rank(call, grid, call.tensor(op, "k", 1), grid.j)
@@ -373,53 +374,3 @@ _ON_TENSORS: Mapping[str, Callable[..., Any]] = {
     "select": torch.where,
 }  # fmt: skip
 _OPERATIONS = {name: _on_tensors(function) for name, function in _ON_TENSORS.items()}
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern | Tensor,
-    *,
-    scale: float | None = None,
-    q_offset: int | Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-    return_lse: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Any:
-    """Attention over the pairs of a pattern, densely and in `dtype`.
-
-    q [B, Hq, Lq, D], k [B, Hk, Lk, D] and v [B, Hk, Lk, Dv]; `pattern` may be a bool mask that broadcasts to
-    [B, Hq, Lq, Lk], which must then account for `q_offset` and `kv_lengths` itself. `scale` defaults to 1/sqrt(D).
-    Returns the output [B, Hq, Lq, Dv] in `dtype`, and with `return_lse` the natural log-sum-exp [B, Hq, Lq]. A row
-    without pairs gives 0 and -inf; keys outside the pattern never contribute, whatever they hold.
-    """
-    batch, q_heads, q_len, head_dim = q.shape
-    kv_heads, kv_len = k.shape[1:3]
-    _check_heads(q_heads, kv_heads)
-    if isinstance(pattern, Tensor):
-        wanted = pattern.expand(batch, q_heads, q_len, kv_len)
-    else:
-        wanted = mask(
-            pattern, q_len, kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch, q_offset=q_offset,
-            kv_lengths=kv_lengths, device=q.device,
-        )  # fmt: skip
-    group = q_heads // kv_heads
-    keys, values = (x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
-    scores = q.to(dtype) @ keys.transpose(-1, -2) * (1 / math.sqrt(head_dim) if scale is None else scale)
-    scores = scores.masked_fill(~wanted, -math.inf)
-    lse = scores.logsumexp(-1) if kv_len else scores.new_full(scores.shape[:-1], -math.inf)
-    weights = (scores - lse[..., None]).exp().masked_fill(~wanted, 0)
-    out = _weighted(weights, values, wanted)
-    return (out, lse) if return_lse else out
-
-
-def _weighted(weights: Tensor, values: Tensor, wanted: Tensor) -> Tensor:
-    """`weights @ values` in which a weight outside the mask takes no part, not even as 0 * NaN."""
-    if bool(values.isfinite().all()):
-        return weights @ values
-    rows = [
-        torch.where(wanted[:, :, r, :, None], weights[:, :, r, :, None] * values, 0).sum(-2)
-        for r in range(weights.shape[2])
-    ]
-    return torch.stack(rows, 2) if rows else weights @ values

@@ -1,0 +1,10 @@
+"""The oracle: what every kernel must agree with, written down as directly as possible.
+
+`mask` decides each pair (row, key) from the pattern; `attention` computes from a mask in float64. Nothing here is
+shared with the passes or the kernels, and nothing here is fast.
+"""
+
+from spgen.reference.attention import attention
+from spgen.reference.mask import mask
+
+__all__ = ["attention", "mask"]
