@@ -90,6 +90,10 @@ def extras_of(
         bias = bias if bias.stride(-1) == 1 else bias.contiguous()
         if bias.dim() == 3:
             bias = _by_group(bias, q.shape[-2 if q.dim() == 3 else 1], k.shape[-2 if k.dim() == 3 else 1])
+            batch = q.shape[0] if q.dim() == 4 else 1
+        else:
+            batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+        bias = bias.expand(batch, *bias.shape[1:])
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     return Extras(cu_q, cu_k, softcap, sink_logits, bias)

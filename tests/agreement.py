@@ -13,11 +13,19 @@ from spgen import reference
 def assert_agrees(
     pattern: sp.Pattern, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, tolerance: float, **options: Any
 ) -> None:
-    """Raises unless `sp.attention(pattern)(q, k, v)` is the oracle's result within `tolerance`."""
-    out, lse = sp.attention(pattern)(q, k, v, return_lse=True, **options)
-    wanted, wanted_lse = reference.attention(q, k, v, pattern, return_lse=True, **options)
+    """Raises unless `sp.attention(pattern)(q, k, v)` is the oracle's result within `tolerance`.
+
+    `options` are those of the call, and `softcap`.
+    """
+    softcap = options.pop("softcap", None)
+    out, lse = sp.attention(pattern, softcap=softcap)(q, k, v, return_lse=True, **options)
+    wanted, wanted_lse = reference.attention(q, k, v, pattern, softcap=softcap, return_lse=True, **options)
+    assert out.shape == wanted.shape
+    assert out.dtype == q.dtype
+    assert lse.shape == wanted_lse.shape
     empty = wanted_lse.isneginf()
-    assert (out[empty] == 0).all()
+    rows = empty if q.dim() == 4 else empty.transpose(0, 1)
+    assert (out[rows] == 0).all()
     assert torch.equal(lse.isneginf().cpu(), empty.cpu())
     torch.testing.assert_close(out.double(), wanted, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(lse.double()[~empty], wanted_lse[~empty], atol=tolerance, rtol=tolerance)

@@ -200,9 +200,15 @@ def test_bad_data(pattern: sp.Pattern, error: type[Exception], match: str) -> No
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"cu_seqlens_q": torch.tensor([0, 40])}, UnsupportedError, "cu_seqlens_q"),
-        ({"bias": torch.zeros(4)}, UnsupportedError, "bias"),
-        ({"sink_logits": torch.zeros(4)}, UnsupportedError, "sink_logits"),
+        ({"cu_seqlens_q": torch.tensor([0, 40])}, ShapeError, "q: got 4 axes"),
+        ({"bias": torch.zeros(4)}, ShapeError, "bias"),
+        ({"bias": torch.zeros(3, 40)}, ShapeError, "heads one of"),
+        ({"bias": torch.zeros(40, dtype=torch.int32)}, DtypeError, "bias"),
+        ({"bias": 3.0}, DtypeError, "sp.alibi"),
+        ({"bias": sp.alibi(torch.ones(3))}, ShapeError, "slopes"),
+        ({"sink_logits": torch.zeros(3)}, ShapeError, "one for each query head"),
+        ({"sink_logits": torch.zeros(4, dtype=torch.int32)}, DtypeError, "sink_logits"),
+        ({"sink_logits": torch.zeros(4, device="meta")}, DeviceError, "sink_logits"),
         ({"q_offset": torch.zeros(1)}, DtypeError, "q_offset"),
         ({"q_offset": torch.zeros(2, dtype=torch.int32)}, ShapeError, "one for each sequence"),
         ({"kv_lengths": torch.zeros(2, dtype=torch.int32)}, ShapeError, "kv_lengths"),
