@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from spgen.convert.mask import from_mask as from_mask
     from spgen.convert.minference import from_minference as from_minference
     from spgen.convert.sparse import from_sparse as from_sparse
+    from spgen.drawing import show as show
     from spgen.errors import CacheError as CacheError
     from spgen.errors import CacheWarning as CacheWarning
     from spgen.errors import CompileError as CompileError
@@ -71,6 +72,7 @@ _HOMES = {
     "spgen.trace": "maximum minimum select",
     "spgen.attend": "alibi attention",
     "spgen.compile": "compile_count",
+    "spgen.drawing": "show",
     "spgen.errors": "CacheError CacheWarning CompileError DataError DeviceError DtypeError GradientError PatternError "
     "PlanError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from spgen.ir.tiles import segments, table_ops
 from spgen.ops import request_of
 from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
 from spgen.passes.schedule import Call
-from spgen.patterns import Pattern
+from spgen.patterns import Pattern, pattern
 from spgen.reference import mask
 from spgen.sequences import Sequences
 from spgen.tables import Builder
@@ -228,9 +228,12 @@ def _indexes_rows(pattern: Pattern) -> bool:
 
 def explain_text(
     pattern_text: str, *, q_shape: tuple[int, int, int, int], kv_heads: int, kv_len: int, v_dim: int, dtype: str,
-    target: str, ir: bool, source: bool,
+    target: str, ir: bool, source: bool, data: Sequence[Tensor] = (),
 ) -> str:  # fmt: skip
-    """The explanation of pattern text for shapes alone; with `ir` all levels, with `source` the rendered kernel."""
+    """The explanation of pattern text for shapes; with `ir` all levels, with `source` the rendered kernel.
+
+    `data` fills the pattern's slots; without, what depends on them is left open.
+    """
     node = read_short(pattern_text)
     chosen = Target.of(target)
     batch, q_heads, q_len, head_dim = q_shape
@@ -239,13 +242,13 @@ def explain_text(
     packed = is_packed(pattern_text, q_heads, kv_heads, q_len, lowered(request).kernel["block_m"])
     request = Request(pattern_text, call, q_heads, kv_heads, packed, chosen)
     shape = (batch, q_heads, kv_heads, q_len, kv_len)
-    if slots(node):
+    if slots(node) and not data:
         report = Explanation(pattern_text, chosen, lowered(request), shape)
     else:
-        check_shapes(node, (), q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
+        check_shapes(node, data, q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
         q = torch.empty(q_shape, device="meta")
         k = torch.empty((batch, kv_heads, kv_len, head_dim), device="meta")
-        report = _explained(request, Pattern(node), _on_cpu(q), _on_cpu(k), None, None)
+        report = _explained(request, pattern(pattern_text, *data), _on_cpu(q), _on_cpu(k), None, None)
     sections = [str(report)]
     if ir:
         sections += [f"-- {name} --\n{level}" for name, level in levels_of(report.lowered).items()]

@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(patterns.explain)
 app.command("compile")(patterns.compile_pattern)
+app.command()(patterns.show)
 app.command()(ir.opt)
 app.command()(machine.bench)
 app.add_typer(cache.app, name="cache")

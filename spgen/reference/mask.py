@@ -75,12 +75,13 @@ def mask(
     q_lengths: Tensor | Sequence[int] | None = None,
     kv_lengths: Tensor | Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """The dense mask of a pattern: bool [batch, q_heads, q_len, kv_len].
 
     `kv_len` defaults to `q_len`, `kv_heads` to `q_heads`. `q_offset` (an int or [batch]) is the position of row 0 and
     defaults to the keys of the sequence less its rows; `kv_lengths` and `q_lengths` [batch] say how many keys and rows
-    each sequence has.
+    each sequence has. With `rows` (integers [N]) the result holds these rows of the call only.
     The result is on `device`: by default where the pattern's data are, else on the CPU.
     Raises ShapeError and its kin when the data do not fit, UnsupportedError for a selection.
     """
@@ -101,14 +102,15 @@ def mask(
         device = pattern.data[0].device if pattern.data else "cpu"
     device = torch.device(device)
     lengths = _per_sequence("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, device)
-    rows = _per_sequence("q_lengths", q_len if q_lengths is None else q_lengths, batch, device)
-    offsets = lengths - rows if q_offset is None else _per_sequence("q_offset", q_offset, batch, device)
+    own_rows = _per_sequence("q_lengths", q_len if q_lengths is None else q_lengths, batch, device)
+    offsets = lengths - own_rows if q_offset is None else _per_sequence("q_offset", q_offset, batch, device)
     data = tuple(tensor.detach().to(device) for tensor in pattern.data)
     data = tuple(tensor if tensor.dtype == torch.bool else tensor.long() for tensor in data)
-    call = _Call(data, q_len, kv_len, q_heads, kv_heads, batch, offsets, lengths, rows, device)
-    grid = _grid(call, torch.arange(q_len, device=device) + offsets[:, None])
+    call = _Call(data, q_len, kv_len, q_heads, kv_heads, batch, offsets, lengths, own_rows, device)
+    asked = torch.arange(q_len, device=device) if rows is None else rows.to(device)
+    grid = _grid(call, asked + offsets[:, None])
     wanted = _holds(call, grid, pattern.node, True) & _exists(call, grid) & _in_call(call, grid)
-    return wanted.expand(batch, q_heads, q_len, kv_len).clone()
+    return wanted.expand(batch, q_heads, len(asked), kv_len).clone()
 
 
 def check_heads(q_heads: int, kv_heads: int) -> None:

@@ -1,5 +1,6 @@
 """The command line: arguments reach the compiler, errors are shown without a traceback."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from spgen import cli
 from spgen.cache import Cache, key
 from spgen.cli import cache as cache_commands
+from spgen.cli import patterns
 from spgen.doctor import Finding
 from spgen.errors import PatternError
 from spgen.settings import override
@@ -59,6 +62,7 @@ def test_explain_passes_every_option_on(calls, monkeypatch, capsys) -> None:
             "target": "sm_90",
             "ir": True,
             "source": True,
+            "data": (),
         }
     ]
 
@@ -85,6 +89,63 @@ def test_an_error_is_shown_whole_without_a_traceback(calls, monkeypatch, capsys)
 def test_a_bad_shape_is_named(shape: str, calls, monkeypatch, capsys) -> None:
     assert run("explain", "causal()", f"--q={shape}", monkeypatch=monkeypatch) == 2
     assert "--q: got" in capsys.readouterr().err
+
+
+def test_data_fill_the_slots(calls, tmp_path: Path, monkeypatch) -> None:
+    pattern, file = "causal() & columns($0: int64[K]) | diagonals($1: int32[K])", tmp_path / "offsets.pt"
+    torch.save(torch.tensor([1, 2], dtype=torch.int32), file)
+    arguments = ("explain", pattern, "--q", "1x2x50x16", "--random", "0.1/3", "--data", f"1={file}")
+    assert run(*arguments, monkeypatch=monkeypatch) == 0
+    columns, offsets = calls[0]["data"]
+    assert (columns.dtype, columns.shape, offsets.tolist()) == (torch.int64, (5,), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--random", "much"], "--random: got 'much'"),
+        (["--random", "2"], "density: got 2.0"),
+        (["--data", "mask.pt"], "--data: got 'mask.pt'"),
+        (["--data", "0=mask.pt"], "mask.pt: got No such file"),
+        (["--random", "0.5", "--data", "3=ones.pt"], "--data: got a file for $3"),
+        (["--data", "1=ones.pt"], "--data: got nothing for $0"),
+        ([], "pattern: data: got 0 tensors"),
+    ],
+)
+def test_data_that_do_not_fit(arguments, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(torch.ones(2, 2, dtype=torch.bool), "ones.pt")
+    pattern = "block(8, mask=$0: bool[R, C]) & block(8, mask=$1: bool[R, C])"
+    assert run("show", pattern, "--q", "1x1x16x16", *arguments, monkeypatch=monkeypatch) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_show_draws(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    pattern = "causal() & block(16, mask=$0: bool[2, R, C])"
+    arguments = ["show", pattern, "--random", "1", "--q", "1x2x64x32", "--heads", "--tile-size", "16x16"]
+    assert run(*arguments, monkeypatch=monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "64 rows x 64 keys: 50.8% of the pairs, in tiles of 16 x 16" in out
+    assert "head 0" in out
+    assert "A/a s0 gather: 12 whole, 8 masked tiles" in out or "A/a s0 list: 12 whole, 8 masked tiles" in out
+    assert all(len(line) <= 60 for line in out.splitlines())
+    assert run(*arguments, "-o", str(tmp_path / "a.svg"), monkeypatch=monkeypatch) == 0
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert run("show", "causal()", "--tiles", "--target", "sm_90", monkeypatch=monkeypatch) == 0
+    assert run("show", "causal()", "--tile-size", "0x8", monkeypatch=monkeypatch) == 2
+    assert "--tile-size: got '0x8'" in capsys.readouterr().err
+    assert run("show", "causal()", "--head", "8", monkeypatch=monkeypatch) == 2
+    assert "head: got 8" in capsys.readouterr().err
+
+
+def test_commands_of_a_pattern_share_the_options_of_the_call() -> None:
+    names = [
+        set(inspect.signature(one).parameters) for one in (patterns.explain, patterns.compile_pattern, patterns.show)
+    ]
+    call = {"pattern", "q", "kv_heads", "kv_length", "v_dim", "dtype", "target"}
+    assert all(call <= own for own in names)
+    assert all({"random", "data"} <= own for own in (names[0], names[2]))
 
 
 def test_cache_commands(tmp_path: Path, monkeypatch, capsys) -> None:
@@ -154,5 +215,5 @@ def test_help_needs_no_torch() -> None:
     code = "import sys; from spgen import cli; assert not {'torch', 'tvm', 'triton', 'sympy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     shown = subprocess.run([sys.executable, "-m", "spgen", "--help"], check=True, capture_output=True, text=True).stdout
-    for command in ("explain", "compile", "opt", "bench", "cache", "doctor"):
+    for command in ("explain", "compile", "show", "opt", "bench", "cache", "doctor"):
         assert command in shown
