@@ -17,10 +17,10 @@ def compile_text(
     pattern_text: str, *, q_shape: tuple[int, int, int, int], kv_heads: int, kv_len: int, v_dim: int, dtype: str,
     target: str,
 ) -> Path:  # fmt: skip
-    """Compile the kernel of a call into the cache; returns the file of its source.
+    """Compile the kernel of a call into the cache; returns the file of its source, or the object file for another CPU.
 
-    `target` need not be of this machine: `sm_90` compiles for a GPU that is elsewhere. Lengths do not matter, but that
-    a call with few rows lets the heads of a group share a row tile. Errors are those of the call.
+    `target` need not be of this machine: `sm_90` compiles for a GPU that is elsewhere, `aarch64` for a CPU. Lengths do
+    not matter, but that a call with few rows lets the heads of a group share a row tile. Errors are those of the call.
     """
     chosen = Target.of(target)
     _, q_heads, q_len, head_dim = q_shape
@@ -34,7 +34,7 @@ def compile_text(
             "linker", given="none", allowed="ld and a C compiler, to keep kernels on disk",
             remedy="install gcc or clang",
         )  # fmt: skip
-    return Path(kernel.path)
+    return Path(kernel.path).with_name("kernel.o") if chosen.triple else Path(kernel.path)
 
 
 def _compile_binaries(kernel: Any, target: Target) -> None:

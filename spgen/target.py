@@ -56,8 +56,17 @@ _ISAS: dict[str, tuple[str, str, int, int]] = {
     "avx512": ("x86-64-v4", "", 16, 32),
     "avx2": ("x86-64-v3", "", 8, 16),
     "neon": ("generic", "", 4, 32),
+    "rvv": ("generic-rv64", "+m +a +f +d +c +v", 4, 32),
     "sse2": ("x86-64", "", 4, 16),
     "none": ("generic", "", 4, 16),
+}
+# processors to compile for that are elsewhere: (LLVM's triple, ISA)
+CPU_ARCHS: dict[str, tuple[str, str]] = {
+    "aarch64": ("aarch64-linux-gnu", "neon"),
+    "riscv64": ("riscv64-linux-gnu", "rvv"),
+    "x86-64": ("x86_64-linux-gnu", "sse2"),
+    "x86-64-v3": ("x86_64-linux-gnu", "avx2"),
+    "x86-64-v4": ("x86_64-linux-gnu", "avx512"),
 }
 # no system states its memory's bandwidth: what one core of common servers moves, and what a socket does
 _CORE_BANDWIDTH = 20e9
@@ -74,7 +83,8 @@ class Target:
     """One kind of processor.
 
     `kind` is `cpu`, `cuda` or `hip`; `arch` is what the backend's compiler is told (LLVM's mcpu, `sm_90`, `gfx942`);
-    `isa` the vector extension of a CPU, and `features` what LLVM is told of it beyond `arch`. `cores` are cores or
+    `isa` the vector extension of a CPU, `features` what LLVM is told of it beyond `arch`, and `triple` where it is, if
+    not here: kernels for it are compiled, and run elsewhere. `cores` are cores or
     multiprocessors, `simd` the fp32 lanes of a vector register (a warp's threads on a GPU), `registers` the vector
     registers of a core (32-bit registers a multiprocessor), `smem_bytes` the shared memory one block may use,
     `l2_bytes` the cache the work shares.
@@ -85,6 +95,7 @@ class Target:
     arch: str
     isa: str = ""
     features: str = ""
+    triple: str = ""
     cores: int = 1
     simd: int = 1
     registers: int = 0
@@ -97,19 +108,21 @@ class Target:
 
     @staticmethod
     def of(device: object) -> Target:
-        """The target of a `torch.device`, of its name (`"cpu"`, `"cuda:0"`), or of a known GPU's arch (`"sm_90"`).
+        """The target of a `torch.device`, of its name (`"cpu"`, `"cuda:0"`), or of an arch (`"sm_90"`, `"aarch64"`).
 
         Raises DeviceError for a device no backend serves.
         """
         text = str(device)
         if text in GPU_ARCHS:
             return _known_arch(text)
+        if text in CPU_ARCHS:
+            return _cpu_elsewhere(text)
         kind, _, index = text.partition(":")
         if kind == "cpu":
             return _cpu()
         if kind == "cuda" and (index.isdecimal() or not index):
             return _gpu(int(index) if index else None)
-        raise DeviceError("device", given=text, allowed="cpu, cuda, cuda:N or " + ", ".join(GPU_ARCHS))
+        raise DeviceError("device", given=text, allowed=", ".join(("cpu, cuda, cuda:N", *GPU_ARCHS, *CPU_ARCHS)))
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of a fused multiply-add on `dtype` (`float32`, `bfloat16`, `float16`, `tf32`); 0 if unknown."""
@@ -118,7 +131,7 @@ class Target:
     @property
     def key(self) -> str:
         """What a compiled kernel depends on: the kind and the architecture, not the machine's size."""
-        return f"{self.kind}:{self.arch}{self.features}"
+        return ":".join(filter(None, (self.kind, self.triple, self.arch, self.features)))
 
     def __str__(self) -> str:
         unit = "cores" if self.kind == "cpu" else "multiprocessors"
@@ -148,6 +161,13 @@ def _cpu() -> Target:
         bandwidth=min(cores * _CORE_BANDWIDTH, _SOCKET_BANDWIDTH),
         peaks=_cpu_peaks(isa, flops) if flops else (),
     )
+
+
+def _cpu_elsewhere(name: str) -> Target:
+    """A processor of which only the instructions are known."""
+    triple, isa = CPU_ARCHS[name]
+    arch, features, simd, registers = _ISAS[isa]
+    return Target("cpu", name, arch, isa, features, triple, simd=simd, registers=registers, l1_bytes=32 * _KB)
 
 
 def _cpu_peaks(isa: str, flops: float) -> tuple[tuple[str, float], ...]:

@@ -13,12 +13,16 @@ typedef struct {
 } Environment;
 typedef int (*Worker)(int index, Environment *environment, void *closure);
 
+/* In a child of fork() the threads of its parent's pool are gone, and GNU's OpenMP would wait for them for ever. */
+static int alone = 0;
+void spgen_run_alone(void) { alone = 1; }
+
 /* The contract of TVMBackendParallelLaunch: call worker(0 .. n-1); `workers` 0 asks for as many as there are. */
 int spgen_parallel_launch(Worker worker, void *closure, int workers) {
   int error = 0;
 #ifdef _OPENMP
   int n = workers > 0 ? workers : omp_get_max_threads();
-  if (n > 1) {
+  if (n > 1 && !alone) {
 #pragma omp parallel num_threads(n)
     {
       Environment environment = {0, omp_get_num_threads()};

@@ -1,11 +1,13 @@
 """Threads for compiled kernels: a small C file that runs their workers on the OpenMP threads of PyTorch.
 
-TVM would start a pool of its own, which spins against PyTorch's. The C file is compiled once on each machine.
+TVM would start a pool of its own, which spins against PyTorch's. The C file is compiled once on each machine. A process
+forked after a kernel was loaded runs kernels on one thread, as PyTorch's own OpenMP cannot be used there.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
 from functools import lru_cache
@@ -59,6 +61,8 @@ def _launcher() -> tuple[ctypes._FuncPointer, ctypes.c_void_p]:
     context = ffi.TVMFFIEnvModRegisterContextSymbol
     context.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     library = _library()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=library.spgen_run_alone)
     return context, ctypes.cast(library.spgen_parallel_launch, ctypes.c_void_p)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spgen.backends.extras import NO_EXTRAS, Extras
-from spgen.backends.tvm_library import load, render_source
+from spgen.backends.tvm_library import compile_elsewhere, load, render_source
+from spgen.errors import DeviceError
 from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.tvm.schedule import check, schedule, scratch_size
@@ -53,7 +55,12 @@ class AttentionKernel:
         self._pass_lse: bool = kernel["lse"]
         self._pass_offset: bool = kernel["q_offset"] != "default"
         self._strided: Callable[..., None] | None = None
-        self._function, self.path = load(kernel, target, strided=False)
+        self._function: Callable[..., None]
+        self.path: Path | None
+        if target.triple:
+            self._function, self.path = self._elsewhere, compile_elsewhere(kernel, target)
+        else:
+            self._function, self.path = load(kernel, target, strided=False)
 
     @property
     def source(self) -> str:
@@ -86,6 +93,9 @@ class AttentionKernel:
         if softcap is not None:
             arguments.append(softcap)
         function(*arguments, self._scratch())
+
+    def _elsewhere(self, *arguments: Any) -> None:
+        raise DeviceError("kernel", given=f"one for {self.target.triple}", allowed="one for this machine: target cpu")
 
     def _scratch(self) -> Tensor:
         """A row of memory for each thread; a set for each thread that calls."""

@@ -26,14 +26,20 @@ def compile_source(source: str, path: Path, target: Target) -> Any:
     return _machine_code(tvm, namespace["attention"](), target)
 
 
+def write_object(module: Any, directory: Path) -> Path:
+    """Writes the object file of a runtime module."""
+    compiled = directory / "kernel.o"
+    module.write_to_file(str(compiled), "o")
+    return compiled
+
+
 def link(module: Any, directory: Path) -> Path:
     """Writes the shared library of a runtime module; raises ToolchainError if there is no linker."""
     command = linker()
     if command is None:
         raise ToolchainError("linker", given="neither ld nor a C compiler", remedy="install binutils or gcc")
     library = directory / "kernel.so"
-    compiled = directory / "kernel.o"
-    module.write_to_file(str(compiled), "o")
+    compiled = write_object(module, directory)
     done = subprocess.run([*command, str(compiled), "-o", str(library)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CompileError(f"linking with {shlex.join(command)}", given=done.stderr.strip())
@@ -65,9 +71,19 @@ def _tvm() -> Any:
     return tvm
 
 
+def _llvm(target: Target) -> dict[str, Any]:
+    """What LLVM is told of the processor."""
+    told: dict[str, Any] = {"kind": "llvm", "mcpu": target.arch, "mattr": target.features.split()}
+    if target.triple:
+        told["mtriple"] = target.triple
+    if target.triple.startswith("riscv64"):
+        told["mabi"] = "lp64d"  # floating-point arguments in registers, as Linux has it
+    return told
+
+
 def _machine_code(tvm: Any, function: Any, target: Target) -> Any:
     """TVM's own pipelines spend most of their time on passes that these kernels do not need."""
-    machine = tvm.target.Target({"kind": "llvm", "mcpu": target.arch, "mattr": target.features.split()})
+    machine = tvm.target.Target(_llvm(target))
     module = tvm.IRModule.from_expr(function)
     passes = tvm.tirx.transform
     pipeline = [

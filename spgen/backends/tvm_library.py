@@ -47,6 +47,26 @@ def render_source(kernel: Op, target: Target, *, strided: bool) -> str:
     return attention_source(kernel, target, strided=strided)
 
 
+def compile_elsewhere(kernel: Op, target: Target) -> Path:
+    """The file of a kernel's source, beside the object file for a processor that is not this machine's."""
+    disk = cache.Cache()
+    key = _key(kernel, target, strided=False)
+    directory = disk.get(key)
+    if directory is None:
+        _refuse_to_compile()
+        meta = {"kind": "attention", "backend": "tvm", "target": target.key, "kernel": str(kernel)}
+        directory = disk.get_or_build(key, lambda place: _write_object(kernel, target, place), meta=meta)
+    return directory / _SOURCE
+
+
+def _write_object(kernel: Op, target: Target, directory: Path) -> None:
+    from spgen.backends.tvm_compile import compile_source, write_object
+
+    source = directory / _SOURCE
+    source.write_text(render_source(kernel, target, strided=False), encoding="utf-8")
+    write_object(compile_source(source.read_text(encoding="utf-8"), source, target), directory)
+
+
 def _write(kernel: Op, target: Target, strided: bool, directory: Path) -> None:
     from spgen.backends.tvm_compile import compile_source, link
 

@@ -145,7 +145,9 @@ def _reads_starts(kernel: Op) -> bool:
 
 def _helpers(dtype: str, isa: Isa, multiplied: str) -> str:
     """The LLVM functions that the kernel calls."""
-    text = render("tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86)
+    text = render(
+        "tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86, fma="fma" if isa.fma else "fmuladd"
+    )
     if dtype == "float32":
         return text
     return text + render(

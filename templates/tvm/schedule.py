@@ -22,15 +22,18 @@ MAX_BLOCK = 96  # lanes or columns of a tile: what a worker keeps of each lies i
 class Isa:
     """`lanes` fp32 values fill a vector register, of which there are `registers`.
 
-    `block_m` is the best row tile; `x86` the family of processors; `scalef` whether there are AVX-512's reduce and
-    scaling by 2^n; `converts` whether fp16 is converted by an instruction; `pairs` whether pairs of bf16 are multiplied
-    faster than fp32. A register tile is `block_m // lanes` vectors by as many rows as leave registers for the operands.
+    `block_m` is the best row tile, `rows` what the register tiles then have (0: as many as leave registers for the
+    operands, beside `block_m // lanes` vectors). `x86` is the family of processors; `fma` whether they multiply and add
+    in one step; `scalef` whether there are AVX-512's reduce and scaling by 2^n; `converts` whether fp16 is converted by
+    an instruction; `pairs` whether pairs of bf16 are multiplied faster than fp32.
     """
 
     lanes: int
     registers: int
     block_m: int
+    rows: int = 0
     x86: bool = False
+    fma: bool = True
     scalef: bool = False
     converts: bool = False
     pairs: bool = False
@@ -44,10 +47,11 @@ class Isa:
 _ISAS = {
     "avx512_bf16": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True, pairs=True),
     "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True),
-    "avx2": Isa(lanes=8, registers=16, block_m=32, x86=True, converts=True),
+    "avx2": Isa(lanes=8, registers=16, block_m=16, rows=6, x86=True, converts=True),
     "neon": Isa(lanes=4, registers=32, block_m=16, converts=True),
-    "sse2": Isa(lanes=4, registers=16, block_m=8, x86=True),
-    "none": Isa(lanes=4, registers=16, block_m=8),
+    "rvv": Isa(lanes=4, registers=32, block_m=16),
+    "sse2": Isa(lanes=4, registers=16, block_m=16, rows=3, x86=True, fma=False),
+    "none": Isa(lanes=4, registers=16, block_m=8, fma=False),
 }
 
 
@@ -58,7 +62,9 @@ def isa_of(target: Target) -> Isa:
 
 def schedule(head_dim: int, value_dim: int, target: Target) -> Mapping[str, Any]:
     """`block_m`, `block_n` and `options` that are legal and were best where they were tried."""
-    return {"block_m": isa_of(target).block_m, "block_n": 64, "options": []}
+    isa = isa_of(target)
+    options = [f"key_rows={isa.rows}", f"value_rows={isa.rows}"] if isa.rows else []
+    return {"block_m": isa.block_m, "block_n": 64, "options": options}
 
 
 def check(kernel: Op, target: Target) -> None:

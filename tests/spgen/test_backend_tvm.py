@@ -1,25 +1,17 @@
-"""The CPU backend against the oracle of level-3 kernels, and what surrounds its kernels: cache, tools, threads."""
+"""The CPU backend against the oracle of level-3 kernels: patterns, shapes, types, options."""
 
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-import threading
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from spgen.backends import openmp, tvm_compile, tvm_library
 from spgen.backends.extras import Extras
-from spgen.backends.tvm import AttentionKernel, build, default_schedule
-from spgen.errors import CacheWarning, CompileError, ToolchainError, UnsupportedError
+from spgen.backends.tvm import build, default_schedule
+from spgen.errors import UnsupportedError
 from spgen.ir.kernel import KERNEL
-from spgen.settings import override
-from spgen.target import Target, _cpuinfo
+from tests.cpu_kernels import ALL_CASES, BLOCK_M, CPU, FLAGS, HAS_AVX512, HAS_PAIRS, OTHERS, check, run, typed
 from tests.kernel_cases import (
     CASES,
     MORE_CASES,
@@ -36,43 +28,6 @@ from tests.kernel_cases import (
 from tests.kernel_oracle import masked_attention
 
 pytest.importorskip("tvm")
-
-ALL_CASES = {**CASES, **MORE_CASES}
-CPU = Target.of("cpu")
-BLOCK_M: int = default_schedule(64, 64, "float32", CPU)["block_m"]
-OTHERS = {
-    "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", simd=8, registers=16),
-    "sse2": replace(CPU, isa="sse2", arch="x86-64", simd=4, registers=16),
-    "avx512_bf16": replace(CPU, isa="avx512_bf16", arch="x86-64-v4", features="+avx512bf16", simd=16, registers=32),
-}
-FLAGS = _cpuinfo().get("flags", "").split()
-HAS_PAIRS = pytest.mark.skipif("avx512_bf16" not in FLAGS, reason="runs AVX-512 with bf16")
-HAS_AVX512 = pytest.mark.skipif("avx512f" not in FLAGS, reason="forces narrower vectors")
-# half a unit in the last place of the result; where weights are rounded to bf16 as well, one more in the sum of |w v|
-ROUNDING = {"float32": (4e-6, 4e-6), "bfloat16": (4e-6, 2**-8), "float16": (4e-6, 2**-10)}
-
-
-def run(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel's result over memory that was something else before."""
-    if out is None:
-        out = torch.full((*case.q.shape[:3], case.v.shape[3]), 7.0, dtype=case.q.dtype)
-    lse = torch.full(case.q.shape[:3], 7.0)
-    build(case.kernel, target)(
-        case.q, case.k, case.v, out, lse, case.tables, case.q_offset, case.kv_lengths, case.scale, case.extras
-    )
-    return out, lse
-
-
-def check(case: Case, target: Target = CPU, out: torch.Tensor | None = None) -> None:
-    expected = case.expected()
-    found, lse = run(case, target, out)
-    written = expected.written
-    atol, rtol = ROUNDING[case.kernel["dtype"]]
-    if target.isa == "avx512_bf16" and case.q.dtype == torch.bfloat16:
-        atol = 2**-8 * float(case.v.nan_to_num().abs().max())
-    torch.testing.assert_close(found[written].double(), expected.out[written], atol=atol, rtol=rtol)
-    if case.kernel["lse"]:
-        torch.testing.assert_close(lse[written].double(), expected.lse[written], atol=4e-6, rtol=4e-6)
 
 
 @pytest.mark.parametrize("name", ALL_CASES)
@@ -91,13 +46,6 @@ def test_agrees_with_the_oracle(name: str) -> None:
 def test_narrower_vectors_agree_with_the_oracle(isa: str, name: str) -> None:
     block_m = default_schedule(64, 64, "float32", OTHERS[isa])["block_m"]
     check(ALL_CASES[name](block_m, 64), OTHERS[isa])
-
-
-def typed(case: Case, dtype: str) -> Case:
-    """The same kernel and call on elements of another type."""
-    case.kernel = KERNEL.make("attention", *case.kernel.operands, **{**dict(case.kernel.attrs), "dtype": dtype})
-    case.q, case.k, case.v = (x.to(getattr(torch, dtype)) for x in (case.q, case.k, case.v))
-    return case
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -234,19 +182,6 @@ def test_nothing_to_do(q_len: int, kv_len: int, batch: int) -> None:
     assert (lse == -math.inf).all()
 
 
-def test_same_bits_whatever_the_threads() -> None:
-    case = causal(BLOCK_M, 64)
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
-            results.append(run(case)[0])
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results[1:])
-
-
 @pytest.mark.parametrize("make", [causal, packed_causal])
 def test_nan_stays_in_its_row(make: type[Case]) -> None:
     case = make(BLOCK_M, 64)
@@ -273,11 +208,6 @@ def test_extreme_scores() -> None:
     torch.testing.assert_close(run(case)[0], mean.expand_as(out), atol=1e-5, rtol=1e-5)
 
 
-def test_the_floating_point_mode_is_left_as_it_was() -> None:
-    run(causal(BLOCK_M, 64))
-    assert float(torch.tensor(1e-40) * 1) != 0
-
-
 def test_addresses_beyond_32_bits() -> None:
     try:
         memory = torch.empty(2**31 + 2**20)  # 8 GB, of which a few pages are touched
@@ -289,19 +219,6 @@ def test_addresses_beyond_32_bits() -> None:
     case.k = far.copy_(k)
     case.v = memory[2**18 :].as_strided((1, 2, 3, 64), (0, 2**17, 2**30, 1)).copy_(v)
     check(case)
-
-
-def test_several_threads_may_call() -> None:
-    case = dense(BLOCK_M, 64)
-    expected, _ = run(case)
-    results: list[torch.Tensor] = []
-    callers = [threading.Thread(target=lambda: results.append(run(case)[0])) for _ in range(6)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert len(results) == 6
-    assert all(torch.equal(expected, result) for result in results)
 
 
 @pytest.mark.parametrize("isa", ["", "avx2", "sse2"])
@@ -367,17 +284,6 @@ def test_inputs_that_require_a_gradient() -> None:
     run(case)
 
 
-def test_equal_kernels_are_built_once() -> None:
-    assert build(causal(BLOCK_M, 64).kernel, CPU) is build(causal(BLOCK_M, 64).kernel, CPU)
-
-
-def test_the_source_is_a_file() -> None:
-    kernel = build(causal(BLOCK_M, 64).kernel, CPU)
-    assert kernel.path is not None
-    assert kernel.path.read_text() == kernel.source
-    assert str(kernel.kernel) in kernel.source
-
-
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
@@ -392,83 +298,3 @@ def test_impossible_schedules_are_refused(attributes: dict[str, object], message
     changed = KERNEL.make("attention", *kernel.operands, **{**dict(kernel.attrs), **attributes})
     with pytest.raises(UnsupportedError, match=message):
         build(changed, CPU)
-
-
-def test_compiling_may_be_forbidden(tmp_path: Path) -> None:
-    kernel = dense(BLOCK_M, 64).kernel
-    with override(cache_dir=tmp_path, no_compile=True), pytest.raises(CompileError, match="SPGEN_NO_COMPILE"):
-        AttentionKernel(kernel, CPU)
-
-
-def test_missing_tvm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tvm", None)
-    with override(cache_dir=tmp_path), pytest.raises(ToolchainError, match=r"pip install 'spgen\[cpu\]'"):
-        AttentionKernel(dense(BLOCK_M, 64).kernel, CPU)
-
-
-def test_without_a_linker_kernels_are_compiled_in_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tvm_compile, "linker", lambda: None)
-    case = dense(BLOCK_M, 64)
-    with override(cache_dir=tmp_path, log="off"):
-        kernel = AttentionKernel(case.kernel, CPU)
-    assert kernel.path is None
-    assert "def attention" in kernel.source
-    out = torch.empty(*case.q.shape[:3], 64)
-    lse = torch.empty(case.q.shape[:3])
-    kernel(case.q, case.k, case.v, out, lse, (), None, None, case.scale)
-    torch.testing.assert_close(out, run(case)[0])
-
-
-def test_a_linker_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(tvm_compile, "linker", lambda: ["ld", "--no-such-option"])
-    with override(cache_dir=tmp_path), pytest.raises(CompileError, match="linking with ld --no-such-option"):
-        AttentionKernel(dense(BLOCK_M, 64).kernel, CPU)
-
-
-def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
-    case = dense(BLOCK_M, 64)
-    with override(cache_dir=tmp_path):
-        first = AttentionKernel(case.kernel, CPU)
-        assert first.path is not None
-        library = first.path.with_name("kernel.so")
-        library.unlink()  # the first stays mapped
-        library.write_bytes(bytes(library.with_name("kernel.py").stat().st_size))
-        with pytest.warns(CacheWarning, match="damaged"):
-            AttentionKernel(case.kernel, CPU)
-
-
-def test_without_openmp_kernels_run_on_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "cc"
-    compiler.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) echo no OpenMP here >&2; exit 1;; esac\nexec cc "$@"\n')
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
-    with override(cache_dir=tmp_path, log="off"):
-        assert openmp._library().spgen_parallel_launch
-    monkeypatch.setenv("CC", "no-such-compiler")
-    with override(cache_dir=tmp_path / "empty"), pytest.raises(ToolchainError, match="C compiler"):
-        openmp._library()
-
-
-def test_a_warm_process_imports_no_compiler(tmp_path: Path) -> None:
-    program_text = f"""
-import sys, torch
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from spgen.backends.tvm import build
-from spgen.ir.kernel import KERNEL
-from spgen.target import Target, _cpuinfo
-kernel = build(KERNEL.read(sys.stdin.read()), Target.of("cpu"))
-q, out = torch.randn(1, 4, 8, 64), torch.empty(1, 4, 8, 64)
-kernel(q, q, q, out, torch.empty(1, 4, 8), (), None, None, 0.125)
-print(sorted({{"tvm", "jinja2", "sympy", "networkx", "triton"}} & set(sys.modules)))
-torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
-"""
-    case = causal(BLOCK_M, 64)
-    with override(cache_dir=tmp_path):
-        AttentionKernel(case.kernel, CPU)
-        tvm_library.openmp._library()
-    environment = {**os.environ, "SPGEN_CACHE_DIR": str(tmp_path), "SPGEN_NO_COMPILE": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", program_text], input=str(case.kernel), env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "[]"
