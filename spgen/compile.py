@@ -16,8 +16,10 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from spgen.errors import UnsupportedError
+from spgen.ir.kernel import parts
 from spgen.ir.node import Op, walk
 from spgen.ir.pattern import is_selected, read_short, short_text, slots
+from spgen.ir.tiles import table_ops
 from spgen.passes.desugar import desugar
 from spgen.passes.hoist import hoist
 from spgen.passes.merge import merge_runs
@@ -146,11 +148,13 @@ def shared_rows(node: Op) -> int | None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A request with its levels and its launchable kernel."""
+    """A request with its levels and its launchable kernel; `read` are the tables of the plan that the kernel takes."""
 
     request: Request
     lowered: Lowered
     kernel: Any
+    needs_tables: bool
+    read: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -174,7 +178,9 @@ def compiled(request: Request) -> Compiled:
     key = (levels.kernel, request.target)
     if key not in _kernels:
         _kernels[key] = backend_of(request.target).build(levels.kernel, request.target)
-    return Compiled(request, levels, _kernels[key])
+    names = [op["name"] for op in table_ops(levels.program)]
+    read = tuple(names.index(op["name"]) for op in parts(levels.kernel, "table"))
+    return Compiled(request, levels, _kernels[key], bool(names), read)
 
 
 def compile_count() -> int:

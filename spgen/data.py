@@ -7,8 +7,9 @@ heads or the query heads; both may be left out. `check_shapes` looks at shapes o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from spgen.errors import DataError, DeviceError, DtypeError, PatternError, ShapeError
@@ -49,12 +50,16 @@ ROLES: Mapping[tuple[str, str], Role] = {
 }
 
 
-def places(node: Op) -> Iterator[Place]:
+@lru_cache(maxsize=1024)
+def places(node: Op) -> tuple[Place, ...]:
     """Every (operation, attribute, slot) of a pattern, in the order they print."""
-    for op in walk(node):
-        for name, value in op.attrs:
-            if isinstance(value, Slot):
-                yield op, name, value
+    return tuple((op, name, value) for op in walk(node) for name, value in op.attrs if isinstance(value, Slot))
+
+
+@lru_cache(maxsize=1024)
+def _mixture_sizes(node: Op) -> tuple[int, ...]:
+    """How many patterns each mixture of a pattern has."""
+    return tuple(len(op.operands) for op in walk(node) if op.kind == "per_head")
 
 
 def role_of(op: Op, name: str) -> Role:
@@ -142,11 +147,11 @@ def check_shapes(
     are; None skips that comparison. Lengths of None (a packed batch) leave the data's rows and columns unchecked.
     """
     call = _Call(q_len or 0, kv_len or 0, q_heads, kv_heads, batch)
-    for op in walk(node):
-        if op.kind == "per_head" and len(op.operands) not in (q_heads, kv_heads):
+    for size in _mixture_sizes(node):
+        if size not in (q_heads, kv_heads):
             raise PatternError(
                 "per_head",
-                given=f"{len(op.operands)} patterns",
+                given=f"{size} patterns",
                 allowed=f"{q_heads} (the query heads) or {kv_heads} (the key heads)",
                 remedy="pass one pattern for each head, as in per_head([a] * 4 + [b] * 28)",
             )

@@ -17,7 +17,6 @@ from torch import Tensor
 from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
 from spgen.compile import Compiled, Request, compiled, is_packed, lowered
 from spgen.errors import GradientError, PlanError
-from spgen.ir.kernel import parts
 from spgen.ir.tiles import table_ops
 from spgen.passes.schedule import Call
 from spgen.tables import Builder
@@ -38,12 +37,10 @@ _MANY_CALLS = 4096  # different calls to remember; a cache of keys that grows ma
 
 @dataclass(frozen=True)
 class _Ready:
-    """A call's kernel, and what of the plan it reads."""
+    """A call's kernel, and how it is launched."""
 
     compiled: Compiled
     launch: Callable[..., None] | None  # None: there is nothing to compute
-    needs_tables: bool
-    read: tuple[int, ...]
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
     scale: float
 
@@ -95,9 +92,9 @@ def attention(
     if ready.launch is None:
         return out, lse
     tables: Sequence[Tensor] = ()
-    if ready.needs_tables:
+    if ready.compiled.needs_tables:
         built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-        tables = [built[at] for at in ready.read]
+        tables = [built[at] for at in ready.compiled.read]
     scale = ready.scale if scale is None else scale
     if plain:
         ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale)
@@ -163,11 +160,9 @@ def _prepare(arguments: Arguments, return_lse: bool) -> _Ready:
     q, k = arguments.q, arguments.k
     request = request_of(arguments, return_lse)
     done = compiled(request)
-    names = [op["name"] for op in table_ops(done.lowered.program)]
-    read = tuple(names.index(op["name"]) for op in parts(done.lowered.kernel, "table"))
     idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
-    return _Ready(done, None if idle else done.kernel, bool(names), read, starts_empty, 1 / math.sqrt(q.shape[-1]))
+    return _Ready(done, None if idle else done.kernel, starts_empty, 1 / math.sqrt(q.shape[-1]))
 
 
 def _check_tiles(done: Compiled) -> None:
