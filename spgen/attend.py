@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from spgen.arguments import Arguments
 from spgen.data import check_boundaries, check_data
 from spgen.errors import DtypeError, PatternError, PlanError, ShapeError, UnsupportedError
 from spgen.ops import attention as operator
@@ -219,13 +220,22 @@ class Attention:
         k: Tensor,
         v: Tensor,
         *,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
         q_offset: int | Tensor | None = None,
         kv_lengths: Tensor | None = None,
+        sink_logits: Tensor | None = None,
+        bias: Tensor | Alibi | None = None,
     ) -> Explanation:
         """Pattern, density, segments, bytes, FLOPs, predicted time and the chosen kernel for a call; printable."""
         from spgen.explain import explain
 
-        return explain(self, q, k, v, q_offset=q_offset, kv_lengths=kv_lengths)
+        added = None if bias is None else _bias(bias)
+        arguments = Arguments(
+            q, k, v, self._data, self._text, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lengths, sink_logits, added,
+            self.softcap,
+        )  # fmt: skip
+        return explain(self, arguments)
 
 
 def attention(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spgen.arguments import Arguments, check
+from spgen.arguments import Arguments, check, sequences_of
 from spgen.attend import Attention
 from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
 from spgen.data import check_shapes
@@ -23,7 +23,6 @@ from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern, pattern
 from spgen.reference import mask
-from spgen.sequences import Sequences
 from spgen.tables import Builder
 from spgen.target import Target
 
@@ -43,6 +42,7 @@ class Explanation:
     cost: Cost | None = None
     density: float | None = None
     sampled: bool = False
+    packed: int | None = None  # sequences of a packed batch
     kernel: Any = field(default=None, repr=False)
 
     def __str__(self) -> str:
@@ -57,9 +57,10 @@ class Explanation:
     def _call(self) -> str:
         batch, q_heads, kv_heads, q_len, kv_len = self.shape
         kernel = self.lowered.kernel
+        sequences = "" if self.packed is None else f"  {self.packed} packed sequences"
         return (
             f"{kernel['dtype']}  q [{batch}, {q_heads}, {q_len}, {kernel['head_dim']}]  "
-            f"k [{batch}, {kv_heads}, {kv_len}, {kernel['head_dim']}]  v [..., {kernel['value_dim']}]"
+            f"k [{batch}, {kv_heads}, {kv_len}, {kernel['head_dim']}]  v [..., {kernel['value_dim']}]{sequences}"
         )
 
     def _density(self) -> str:
@@ -101,37 +102,48 @@ def _cost_lines(cost: Cost) -> list[str]:
     ]
 
 
-def explain(
-    attend: Attention, q: Tensor, k: Tensor, v: Tensor, *, q_offset: int | Tensor | None = None,
-    kv_lengths: Tensor | None = None,
-) -> Explanation:  # fmt: skip
+def explain(attend: Attention, arguments: Arguments) -> Explanation:
     """Explains a call; reads the pattern's data, so it waits for the device. Errors are those of the call."""
-    text = repr(attend.pattern)
-    arguments = Arguments(
-        q, k, v, attend.pattern.data, text, q_offset=q_offset, kv_lengths=kv_lengths, softcap=attend.softcap
-    )
     check(arguments)
-    request = request_of(arguments)
-    return _explained(request, attend.pattern, q, k, q_offset, kv_lengths)
+    return _explained(request_of(arguments), attend.pattern, arguments)
 
 
-def _explained(
-    request: Request, pattern: Pattern, q: Tensor, k: Tensor, q_offset: int | Tensor | None, kv_lengths: Tensor | None
-) -> Explanation:
+def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Explanation:
     levels = lowered(request)
-    shape = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2])
-    sequences = Sequences(q.shape[0], q.shape[2], k.shape[2], q.device, q_offset, kv_lengths)
-    builder = Builder(pattern.data, sequences, q.shape[1], k.shape[1])
+    given = arguments
+    sequences = sequences_of(
+        given.q, given.k, given.cu_seqlens_q, given.cu_seqlens_k, given.q_offset, given.kv_lengths
+    )  # fmt: skip
+    packed = sequences.batch if sequences.packed else None
+    batch = 1 if sequences.packed else sequences.batch
+    shape = (batch, request.q_heads, request.kv_heads, sequences.q_len, sequences.kv_len)
+    builder = Builder(pattern.data, sequences, request.q_heads, request.kv_heads)
     tables = builder.build(levels.program)
     counts = tuple(count_tiles(levels, builder))
-    total = shape[0] * shape[1] * shape[3] * shape[4]
+    total = _all_pairs(builder)
     needed, sampled = count_pairs(levels.terms, builder), False
     if needed is None:
-        measured, sampled = measure_density(pattern, shape, sequences.scalars()["q_offset"], kv_lengths)
+        measured, sampled = measure_density(pattern, builder)
         needed = round(measured * total)
     density = needed / total if total else 0.0
     cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
-    return Explanation(request.pattern, request.target, levels, shape, counts, cost, density, sampled)
+    return Explanation(request.pattern, request.target, levels, shape, counts, cost, density, sampled, packed)
+
+
+def _lengths(builder: Builder) -> dict[str, Tensor]:
+    """Rows, keys and the offset of each sequence, int64 [B]."""
+    scalars, batch = builder.sequences.scalars(), builder.sequences.batch
+    names = ("q_len", "kv_len", "q_offset")
+    return {name: torch.as_tensor(scalars[name], dtype=torch.int64).expand(batch).cpu() for name in names}
+
+
+def _all_pairs(builder: Builder) -> int:
+    """Pairs of rows and keys of the same sequence, over all query heads; padding counts in an ordinary batch."""
+    sequences = builder.sequences
+    if not sequences.packed:
+        return sequences.batch * builder.q_heads * sequences.q_len * sequences.kv_len
+    lengths = _lengths(builder)
+    return builder.q_heads * int((lengths["q_len"] * lengths["kv_len"]).sum())
 
 
 def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
@@ -139,7 +151,8 @@ def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     kernel, program = levels.kernel, levels.program
     tiles = builder.sequences.tiles(program["row_tile"])
     heads = "kv" if levels.pack > 1 else "q"
-    whole = (builder.sequences.batch, builder.kv_heads if levels.pack > 1 else builder.q_heads, tiles.count)
+    batch = 1 if builder.sequences.packed else builder.sequences.batch
+    whole = (batch, builder.kv_heads if levels.pack > 1 else builder.q_heads, tiles.count)
     env: dict[str, Any] = builder.variables(heads, 1, tiles)
     for let in parts(kernel, "let"):
         if let["per"] == "program":
@@ -170,60 +183,40 @@ def count_pairs(terms: Op, builder: Builder) -> int | None:
     counts = [keys_of_row(term) for term in terms.operands]
     if None in counts:
         return None
-    row = builder.arange(builder.sequences.q_len).reshape(1, 1, -1)
-    env = builder.variables("q", 1)
-    env["i"] = row + env["q_offset"]
-    whole = (builder.sequences.batch, builder.q_heads, builder.sequences.q_len)
+    rows = builder.sequences.tiles(1)
+    env = builder.variables("q", 1, rows)
+    env["i"] = env["tile"] + env["q_offset"]
+    batch = 1 if builder.sequences.packed else builder.sequences.batch
+    exists = torch.as_tensor(env["tile"] < env["q_len"])
     total = 0
     for count in counts:
         keys = torch.as_tensor(builder.evaluate(count, env, "q", 1))  # type: ignore[arg-type]
-        total += int(keys.to(torch.int64).expand(whole).sum())
+        total += int((keys.to(torch.int64) * exists).expand(batch, builder.q_heads, rows.count).sum())
     return total
 
 
-def measure_density(
-    pattern: Pattern, shape: tuple[int, int, int, int, int], offset: Any, kv_lengths: Tensor | None
-) -> tuple[float, bool]:
+def measure_density(pattern: Pattern, builder: Builder) -> tuple[float, bool]:
     """Share of the pairs that the pattern holds, and whether it was measured on sampled rows only."""
-    batch, q_heads, kv_heads, q_len, kv_len = shape
-    total = batch * q_heads * q_len * kv_len
-    if total == 0:
+    lengths = _lengths(builder)
+    q_len, kv_len = int(lengths["q_len"].max()), int(lengths["kv_len"].max())
+    if not builder.sequences.packed:
+        kv_len = builder.sequences.kv_len
+    pairs = builder.sequences.batch * builder.q_heads * q_len * kv_len
+    if pairs == 0:
         return 0.0, False
-    if total <= _EXACT_PAIRS or _indexes_rows(pattern):
-        dense = mask(
-            pattern,
-            q_len,
-            kv_len,
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            batch=batch,
-            q_offset=offset,
-            kv_lengths=kv_lengths,
-        )
-        return float(dense.sum()) / total, False
+    sampled = pairs > _EXACT_PAIRS and q_len > _SAMPLED_ROWS
+    rows = torch.arange(q_len)
+    if sampled:
+        rows = (2 * torch.arange(_SAMPLED_ROWS) + 1) * q_len // (2 * _SAMPLED_ROWS)
     found = 0
-    # Positions alone decide closed forms and column lists: single rows can be asked for by their offset.
-    for sample in range(_SAMPLED_ROWS):
-        row = (2 * sample + 1) * q_len // (2 * _SAMPLED_ROWS)
+    for some in rows.split(max(1, _EXACT_PAIRS // (pairs // q_len))):
         dense = mask(
-            pattern,
-            1,
-            kv_len,
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            batch=batch,
-            q_offset=offset + row,
-            kv_lengths=kv_lengths,
-        )
+            pattern, q_len, kv_len, q_heads=builder.q_heads, kv_heads=builder.kv_heads,
+            batch=builder.sequences.batch, q_offset=lengths["q_offset"], q_lengths=lengths["q_len"],
+            kv_lengths=lengths["kv_len"], rows=some,
+        )  # fmt: skip
         found += int(dense.sum())
-    return found / (total / q_len * _SAMPLED_ROWS), True
-
-
-def _indexes_rows(pattern: Pattern) -> bool:
-    """Whether data are listed by row, so that the mask needs the call's own rows."""
-    return any(
-        slot.dims[-1] in ("C", "K") and len(slot.dims) >= 2 and "R" in slot.dims for slot in slots(pattern.node)
-    ) or any("P" in slot.dims or "N" in slot.dims for slot in slots(pattern.node))
+    return found / (_all_pairs(builder) / q_len * len(rows)), sampled
 
 
 def explain_text(
@@ -246,9 +239,8 @@ def explain_text(
         report = Explanation(pattern_text, chosen, lowered(request), shape)
     else:
         check_shapes(node, data, q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
-        q = torch.empty(q_shape, device="meta")
-        k = torch.empty((batch, kv_heads, kv_len, head_dim), device="meta")
-        report = _explained(request, pattern(pattern_text, *data), _on_cpu(q), _on_cpu(k), None, None)
+        q, k = (torch.empty(1).expand(shape) for shape in (q_shape, (batch, kv_heads, kv_len, head_dim)))
+        report = _explained(request, pattern(pattern_text, *data), Arguments(q, k, k, data, pattern_text))
     sections = [str(report)]
     if ir:
         sections += [f"-- {name} --\n{level}" for name, level in levels_of(report.lowered).items()]
@@ -256,11 +248,6 @@ def explain_text(
         kernel = backend_of(chosen).build(report.lowered.kernel, chosen)
         sections += [f"-- source --\n{kernel.source}"]
     return "\n\n".join(sections)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    """A CPU tensor of the same shape that takes no memory."""
-    return torch.empty(1).expand(tensor.shape)
 
 
 def levels_of(levels: Lowered) -> Mapping[str, str]:

@@ -27,6 +27,26 @@ def test_pairs_of_closed_forms_are_counted_exactly(pattern: Pattern, q_len: int,
     assert count_pairs(levels.terms, builder) == pattern.mask(q_len, kv_len, q_heads=4, kv_heads=2).sum()
 
 
+@pytest.mark.parametrize("pattern", [*CLOSED, sp.stripe(3), sp.causal() & sp.columns([3, 9, 11])], ids=repr)
+def test_packed_batches(pattern: Pattern) -> None:
+    rows, keys = torch.tensor([0, 40, 40, 47]), torch.tensor([0, 60, 70, 90])
+    q, k, v = (torch.randn(n, heads, 16) for n, heads in ((47, 4), (90, 2), (90, 2)))
+    found = sp.attention(pattern).explain(q, k, v, cu_seqlens_q=rows, cu_seqlens_k=keys)
+    wanted = pattern.mask(40, 60, q_heads=4, kv_heads=2, batch=3, q_lengths=rows.diff(), kv_lengths=keys.diff())
+    assert found.cost is not None
+    assert found.cost.needed_pairs == wanted.sum()
+    assert found.cost.visited_pairs >= found.cost.needed_pairs
+    assert "3 packed sequences" in str(found)
+
+
+def test_density_of_long_calls_is_measured_on_some_rows() -> None:
+    mask = torch.rand(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)) < 0.3
+    q, k, v = (torch.empty(1).expand(1, heads, 4096, 64) for heads in (4, 1, 1))
+    found = sp.attention(sp.block(64, mask=mask)).explain(q, k, v)
+    assert found.sampled
+    assert found.density == pytest.approx(float(mask.float().mean()), abs=0.02)
+
+
 def test_other_pairs_have_no_symbolic_count() -> None:
     levels, builder = lowered_builder(sp.stripe(3), Lengths(20, 20))
     assert count_pairs(levels.terms, builder) is None
