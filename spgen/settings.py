@@ -5,6 +5,7 @@
 | `SPGEN_CACHE_DIR` | where compiled kernels are kept | the user's cache directory |
 | `SPGEN_BACKEND` | `auto`, `tvm` or `triton` | `auto`: by the tensors' device |
 | `SPGEN_NO_COMPILE` | `1` forbids compiling: a kernel that is not in the cache is an error | `0` |
+| `SPGEN_FLOAT32` | float32 on GPUs: `tf32x3` (three tensor-core products, float32's accuracy) or `ieee` | `tf32x3` |
 | `SPGEN_LOG` | `debug`, `info`, `warning`, `error` or `off` | `warning` |
 
 Of variables that belong to others, `XDG_CACHE_HOME`, `CC` and `TRITON_INTERPRET` are honoured.
@@ -25,6 +26,7 @@ from typing import Any
 from spgen.errors import SpgenError
 
 BACKENDS = ("auto", "tvm", "triton")
+FLOAT32 = ("tf32x3", "ieee")
 LOG_LEVELS = ("debug", "info", "warning", "error", "off")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off")
@@ -37,6 +39,7 @@ class Settings:
     cache_dir: Path | None = None
     backend: str = "auto"
     no_compile: bool = False
+    float32: str = "tf32x3"
     log: str = "warning"
 
 
@@ -103,6 +106,7 @@ def _from_environment() -> Settings:
         cache_dir=Path(directory).expanduser() if directory else None,
         backend=_choice("SPGEN_BACKEND", "auto", BACKENDS),
         no_compile=_switch("SPGEN_NO_COMPILE"),
+        float32=_choice("SPGEN_FLOAT32", "tf32x3", FLOAT32),
         log=_choice("SPGEN_LOG", "warning", LOG_LEVELS),
     )
 

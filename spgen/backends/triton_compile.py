@@ -22,6 +22,7 @@ from spgen.templates.triton import attention
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_GATHERING = 168  # registers with which three programs of four warps share a multiprocessor
 _VECTOR = 16  # bytes that one load instruction moves
 
 
@@ -88,9 +89,14 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
 def _register_cap(kernel: Op) -> int:
     """The schedule's cap on registers, by which several programs share a multiprocessor; 0 for none.
 
-    Masks that read tables pair by pair take so many registers that the cap would more than double their time in spills.
+    Masks that read tables pair by pair take so many registers that the cap would more than double their time in spills;
+    rows that are gathered in one stage pass through registers.
     """
-    return 0 if attention.reads_per_pair(kernel) else option(kernel, "registers", 0)
+    cap = option(kernel, "registers", 0)
+    if not cap or attention.reads_per_pair(kernel):
+        return 0
+    staged = option(kernel, "masked_stages", option(kernel, "stages", 2)) > 1
+    return cap if staged or not attention.gathers(kernel) else max(cap, _GATHERING)
 
 
 def constants_of(kernel: Op, variant: Variant, stages: int) -> dict[str, Any]:

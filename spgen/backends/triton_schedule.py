@@ -6,7 +6,7 @@ The options of a kernel that this backend knows:
 |---|---|
 | `warps`, `stages` | Triton's own; below 2 stages Hopper's matrix products no longer overlap |
 | `masked_stages` | stages of the loops over masked tiles (default: `stages`) |
-| `registers` | a cap per thread, by which two programs share a multiprocessor (not where masks read tables) |
+| `registers` | a cap per thread, by which programs share a multiprocessor (not where masks read tables pair by pair) |
 | `prefetch` | 1: columns that come from a table are read one tile ahead |
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spgen.settings import settings
 from spgen.target import Target
 from spgen.templates.triton.attention import padded
 
@@ -26,6 +27,9 @@ _MUCH = 160 * 1024  # bytes of shared memory a block may have on sm_80, sm_90 an
 _HALF_HOPPER = ((128, 128, 64, 8, 2, 128), (256, 128, 64, 8, 2, 0))
 _HALF_MUCH = ((64, 128, 64, 4, 2, 0), (128, 128, 64, 8, 2, 0), (256, 64, 64, 8, 2, 0))
 _HALF_SHORT = ((256, 64, 64, 4, 2, 0),)
+# One stage, so that three or four short programs share a multiprocessor: they hide each other's latency, which the
+# masks of short tiles lengthen, better than a second stage does.
+_HALF_HOPPER_SHORT = ((128, 64, 64, 4, 1, 128), (256, 64, 64, 4, 2, 0))
 _HALF_LITTLE = ((64, 128, 64, 4, 2, 0), (128, 64, 64, 4, 2, 0), (256, 64, 32, 8, 2, 0))
 _FLOAT_HOPPER = ((64, 128, 64, 8, 2, 0), (128, 128, 32, 8, 2, 0), (256, 64, 32, 4, 1, 0))
 _FLOAT_CORES = ((64, 64, 32, 4, 2, 0), (128, 32, 32, 4, 1, 0), (256, 32, 16, 8, 1, 0))
@@ -39,13 +43,13 @@ def default_schedule(
 
     `rows` is how many neighbouring rows share their data, if they do not all: tiles no taller than that waste least,
     down to 64 rows. Products of float32 are three products of tf32 where there are tensor cores: as exact as float32's
-    own rounding, and five times as fast as its plain arithmetic.
+    own rounding, and five times as fast as its plain arithmetic, which SPGEN_FLOAT32=ieee chooses.
     """
     lanes = max(padded(head_dim), padded(value_dim))
     extra = []
     if dtype != "float32":
         table = _half_table(target, rows)
-    elif target.kind == "cuda":
+    elif target.kind == "cuda" and settings().float32 == "tf32x3":
         table = _FLOAT_HOPPER if _is_hopper(target) else _FLOAT_CORES
         extra = ["tf32x3=1"]
     else:
@@ -61,7 +65,7 @@ def _half_table(target: Target, rows: int | None) -> tuple[tuple[int, ...], ...]
     if target.smem_bytes < _MUCH:
         return _HALF_LITTLE
     if rows is not None and rows < 128:
-        return _HALF_SHORT
+        return _HALF_HOPPER_SHORT if _is_hopper(target) else _HALF_SHORT
     return _HALF_HOPPER if _is_hopper(target) else _HALF_MUCH
 
 

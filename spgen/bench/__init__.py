@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any, cast
 
-SUITES = ("cpu-attention", "gpu-attention")
+SUITES = ("cpu-attention", "gpu-attention", "gpu-patterns")
 
 
 def run(suite: str | None = None, quick: bool = False) -> dict[str, Any]:

@@ -17,6 +17,9 @@ _CPU_HEAD = (
 _GPU_HEAD = (
     "length", "sparsity", "spgen", "TFLOP/s", "with plan", "FlexAttention", "cuDNN dense", "error",
 )  # fmt: skip
+_PATTERN_HEAD = (
+    "pattern", "length", "density", "spgen", "TFLOP/s", "plan", "with plan", "FlexAttention", "error",
+)  # fmt: skip
 _MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,6 +27,8 @@ def table(result: Result) -> tuple[Cells, list[Cells]]:
     """Head and rows of a result's main table."""
     if result["suite"] == "cpu-attention":
         return _CPU_HEAD, [_cpu_row(row) for row in result["rows"]]
+    if result["suite"] == "gpu-patterns":
+        return _PATTERN_HEAD, [_pattern_row(row) for row in result["rows"]]
     return _GPU_HEAD, [_gpu_row(row) for row in result["rows"]]
 
 
@@ -41,6 +46,15 @@ def _gpu_row(row: Result) -> Cells:
         f"{row['length'] // 1024}K", f"{row['sparsity']:.0%}", f"{row['ms']['spgen']:.3f} ms",
         f"{row['tflops']['spgen']:.0f}", f"{row['tflops']['spgen with plan']:.0f}",
         *(_rate(row, name) for name in ("flex", "cudnn causal")), f"{row['error']['spgen']:.1e}",
+    )  # fmt: skip
+
+
+def _pattern_row(row: Result) -> Cells:
+    flex = f"{row['ms']['flex']:.2f} ms ({row['faster_than']['flex']:.1f}×)" if "flex" in row["ms"] else "not as blocks"
+    return (
+        row["pattern"], f"{row['length'] // 1024}K", f"{row['density']:.1%}", f"{row['ms']['spgen']:.2f} ms",
+        f"{row['tflops']['spgen']:.0f}", f"{row['plan_ms']:.2f} ms", f"{row['ms']['spgen with plan']:.2f} ms", flex,
+        f"{row['error']['spgen']:.1e}",
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ class Suite(str, Enum):
 
     cpu_attention = "cpu-attention"
     gpu_attention = "gpu-attention"
+    gpu_patterns = "gpu-patterns"
 
 
 def bench(

@@ -183,6 +183,11 @@ def reads_per_pair(kernel: Op) -> bool:
     return any(places.kind(node) == "pair" for node in reads)
 
 
+def gathers(kernel: Op) -> bool:
+    """Whether keys of a tile lie apart from each other in any segment."""
+    return any(not op["contiguous"] or op["key"] is not None for op in parts(kernel, "segment"))
+
+
 def _places(rows: set[str]) -> Places:
     return Places(frozenset(rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
 

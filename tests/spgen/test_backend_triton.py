@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spgen.backends import triton as backend
-from spgen.backends.triton_compile import Variant, arguments, compile_variant, source_path
+from spgen.backends.triton_compile import Variant, _register_cap, arguments, compile_variant, source_path
 from spgen.errors import CompileError, ToolchainError, UnsupportedError
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
@@ -68,11 +68,32 @@ def test_compiling_can_be_forbidden() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 def test_default_schedules_are_complete(arch: str, head_dim: int, dtype: str) -> None:
     chosen = backend.default_schedule(head_dim, head_dim, dtype, Target.of(arch))
     assert set(chosen) == {"block_m", "block_n", "options"}
     assert all(option.partition("=")[2].isdecimal() for option in chosen["options"])
+
+
+def test_products_of_float32_can_be_plain() -> None:
+    target = Target.of("sm_90")
+    assert "tf32x3=1" in backend.default_schedule(64, 64, "float32", target)["options"]
+    with override(float32="ieee"):
+        chosen = backend.default_schedule(64, 64, "float32", target)
+    assert "tf32x3=1" not in chosen["options"]
+    kernel = with_attributes(causal(chosen["block_m"], chosen["block_n"]).kernel, options=tuple(chosen["options"]))
+    source = source_path(kernel)
+    assert 'input_precision="ieee"' in source.read_text()
+    assert "mma" not in compile_variant(kernel, source, Variant(aligned=True), target).asm["ptx"]
+
+
+def test_registers_are_capped_where_it_helps() -> None:
+    def cap(name: str, *options: str) -> int:
+        return _register_cap(with_attributes(CASES[name](64, 64).kernel, options=("registers=128", *options)))
+
+    assert cap("causal", "stages=1") == cap("gathered_columns", "stages=2") == 128
+    assert cap("gathered_columns", "stages=1") == 168
+    assert cap("permuted") == 0  # its mask reads bits pair by pair
 
 
 @pytest.mark.parametrize(

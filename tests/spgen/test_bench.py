@@ -1,6 +1,7 @@
 """The benchmarks measure what they say; times themselves are never tested."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import pytest
 import torch
 
 import spgen as sp
-from spgen.bench import SUITES, blocks, cpu_attention, gpu_attention, peers, report, start
+from spgen.bench import SUITES, blocks, cpu_attention, gpu_attention, gpu_cases, gpu_patterns, peers, report, start
 from spgen.bench.measure import interleaved, per_call, wall
 from spgen.bench.peak import fma_loop
 from spgen.errors import DeviceError
 
 ROOT = Path(__file__).parent.parent.parent
 WORK = blocks.Workload(heads=4, kv_heads=2, length=200, head_dim=16, block=32, dtype=torch.float32, device="cpu")
+
+PATTERNS = blocks.Workload(4, 2, 256, 16, 32, torch.float32, "cpu")
 
 
 def listed(sparsity: float = 0.5) -> blocks.BlockList:
@@ -124,11 +127,42 @@ def test_the_rows_of_the_gpu_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["tflops"]["spgen"] == pytest.approx(listed().flops(0.5) / row["ms"]["spgen"] / 1e9, abs=0.1)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        gpu_cases.columns(PATTERNS, count=20),
+        gpu_cases.vertical_slash(PATTERNS, vertical=9, bands=3, width=16),
+        gpu_cases.streaming(PATTERNS, window=50, sink=5),
+        gpu_cases.small_blocks(PATTERNS, sparsity=0.7),
+        gpu_cases.tokens(PATTERNS, count=20, rows=64),
+        gpu_cases.tokens(PATTERNS, count=7, rows=1),
+        gpu_cases.permuted_keys(PATTERNS, sparsity=0.3),
+        gpu_cases.permuted_keys(PATTERNS, sparsity=0.3, sort=64),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_patterns_of_the_gpu_are_what_they_say(case: gpu_cases.Case) -> None:
+    pytest.importorskip("tvm_ffi")
+    length = PATTERNS.length
+    at = torch.arange(length)
+    rows = case.rows(at[:, None], at[None]).expand(PATTERNS.heads, -1, -1)
+    assert torch.equal(case.pattern.mask(length, q_heads=4, kv_heads=2)[0].expand_as(rows), rows)
+    # a diagonal block counts half, and holds half a diagonal more
+    assert case.pairs == pytest.approx(int(rows.sum()), abs=4 * length / 2 if "blocks of 32" in case.name else 0)
+    missing: dict[str, str] = {}
+    row = gpu_patterns.measure(replace(case, flex=None), rounds=1, timer=wall, missing=missing)
+    assert row["error"]["spgen"] < 1e-5
+    assert row["tflops"]["spgen"] == pytest.approx(case.flops / row["ms"]["spgen"] / 1e9, abs=0.1)
+    assert not missing
+
+
 def test_no_gpu_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(DeviceError, match="bench gpu-attention"):
         gpu_attention.run(quick=True)
+    with pytest.raises(DeviceError, match="bench gpu-patterns"):
+        gpu_patterns.run(quick=True)
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -10,7 +10,7 @@ from spgen import settings as module
 from spgen.errors import SpgenError
 from spgen.settings import Settings, c_compiler, cache_home, logger, override, settings, triton_interpreted
 
-NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_LOG")
+NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_FLOAT32", "SPGEN_LOG")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,10 @@ def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings() is first
 
 
-@pytest.mark.parametrize(("name", "value"), [("SPGEN_BACKEND", "cuda"), ("SPGEN_NO_COMPILE", "2"), ("SPGEN_LOG", "x")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SPGEN_BACKEND", "cuda"), ("SPGEN_NO_COMPILE", "2"), ("SPGEN_FLOAT32", "x"), ("SPGEN_LOG", "x")],
+)
 def test_a_bad_value_names_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(SpgenError, match=f"(?s){name}: got '{value}'.*allowed.*remedy"):
