@@ -25,9 +25,9 @@ def test_defaults() -> None:
 
 
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(NAMES, ("~/kernels", "Triton", "yes", "debug"), strict=True):
+    for name, value in zip(NAMES, ("~/kernels", "Triton", "yes", "IEEE", "debug"), strict=True):
         monkeypatch.setenv(name, value)
-    assert settings() == Settings(Path("~/kernels").expanduser(), "triton", True, "debug")
+    assert settings() == Settings(Path("~/kernels").expanduser(), "triton", True, "ieee", "debug")
 
 
 def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
