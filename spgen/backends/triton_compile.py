@@ -22,7 +22,7 @@ from spgen.templates.triton import attention
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_GATHERING = 168  # registers with which three programs of four warps share a multiprocessor
+_REGISTERS = 64 * 1024  # of a multiprocessor
 _VECTOR = 16  # bytes that one load instruction moves
 
 
@@ -89,14 +89,17 @@ def compile_variant(kernel: Op, source: Path, variant: Variant, target: Target) 
 def _register_cap(kernel: Op) -> int:
     """The schedule's cap on registers, by which several programs share a multiprocessor; 0 for none.
 
-    Masks that read tables pair by pair take so many registers that the cap would more than double their time in spills;
-    rows that are gathered in one stage pass through registers.
+    Masks that read tables pair by pair take so many registers that the cap would more than double their time in spills.
+    Rows that are gathered in one stage pass through registers, which costs a program.
     """
     cap = option(kernel, "registers", 0)
     if not cap or attention.reads_per_pair(kernel):
         return 0
-    staged = option(kernel, "masked_stages", option(kernel, "stages", 2)) > 1
-    return cap if staged or not attention.gathers(kernel) else max(cap, _GATHERING)
+    if option(kernel, "stages", 2) > 1 or not attention.gathers(kernel):
+        return cap
+    threads = 32 * option(kernel, "warps", 4)
+    programs = max(_REGISTERS // (cap * threads) - 1, 1)
+    return _REGISTERS // (programs * threads) // 8 * 8
 
 
 def constants_of(kernel: Op, variant: Variant, stages: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ _HALF_MUCH = ((64, 128, 64, 4, 2, 0), (128, 128, 64, 8, 2, 0), (256, 64, 64, 8, 
 _HALF_SHORT = ((256, 64, 64, 4, 2, 0),)
 # One stage, so that three or four short programs share a multiprocessor: they hide each other's latency, which the
 # masks of short tiles lengthen, better than a second stage does.
-_HALF_HOPPER_SHORT = ((128, 64, 64, 4, 1, 128), (256, 64, 64, 4, 2, 0))
+_HALF_HOPPER_SHORT = ((64, 64, 64, 4, 1, 96), (128, 64, 64, 4, 1, 128), (256, 64, 64, 4, 1, 0))
 _HALF_LITTLE = ((64, 128, 64, 4, 2, 0), (128, 64, 64, 4, 2, 0), (256, 64, 32, 8, 2, 0))
 _FLOAT_HOPPER = ((64, 128, 64, 8, 2, 0), (128, 128, 32, 8, 2, 0), (256, 64, 32, 4, 1, 0))
 _FLOAT_CORES = ((64, 64, 32, 4, 2, 0), (128, 32, 32, 4, 1, 0), (256, 32, 16, 8, 1, 0))

@@ -97,4 +97,6 @@ def _flex(case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call
     assert case.flex is not None
     block_mask, compiled = case.flex(), peers.compiled_flex()
     grouped = q.shape[1] != k.shape[1]
-    return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+    size = min(*block_mask.BLOCK_SIZE, 128)
+    options = {} if size == 128 else {"BLOCK_M": size, "BLOCK_N": size}  # by default its tiles do not fit short blocks
+    return lambda: compiled(q, k, v, block_mask=block_mask, enable_gqa=grouped, kernel_options=options)
