@@ -16,7 +16,7 @@ from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from spgen.settings import override
 from spgen.target import Target
-from tests.kernel_cases import CASES, causal, program, segment
+from tests.kernel_cases import CASES, MORE_CASES, causal, program, segment
 
 CPU = Target.of("cpu")
 
@@ -104,16 +104,24 @@ def test_registers_are_capped_where_it_helps() -> None:
         ("sm_90", "causal", "bfloat16", 128),
         ("sm_90", "gathered_columns", "float32", 128),
         ("gfx942", "block_list", "float16", 128),
+        ("sm_80", "biased_keys", "bfloat16", 128),
+        ("sm_86", "packed_lists", "float32", 64),
+        ("sm_90", "words", "bfloat16", 128),
+        ("sm_90", "packed_alibi", "float16", 64),
+        ("sm_100", "causal", "bfloat16", 128),
+        ("sm_100", "packed_group", "float32", 128),
+        ("gfx942", "capped_scores", "float32", 64),
+        ("gfx942", "words", "bfloat16", 128),
     ],
 )
 def test_compiles_ahead_of_time(arch: str, name: str, dtype: str, head_dim: int) -> None:
     target = Target.of(arch)
     chosen = backend.default_schedule(head_dim, head_dim, dtype, target)
-    kernel = CASES[name](chosen["block_m"], chosen["block_n"]).kernel
+    kernel = (CASES | MORE_CASES)[name](chosen["block_m"], chosen["block_n"]).kernel
     kernel = with_attributes(
         kernel, dtype=dtype, head_dim=head_dim, value_dim=head_dim, options=tuple(chosen["options"])
     )
-    variant = Variant(aligned=True, tma=arch == "sm_90" and name == "causal")
+    variant = Variant(aligned=True, tma=arch in ("sm_90", "sm_100") and dtype != "float32", cu_seqlens_k="i64")
     built = compile_variant(kernel, source_path(kernel), variant, target)
     assert built.metadata.shared <= target.smem_bytes
     if arch == "sm_90" and dtype != "float32":
