@@ -54,6 +54,13 @@ def test_types_of_16_bits_agree_with_the_oracle(name: str, dtype: str) -> None:
     check(typed(ALL_CASES[name](BLOCK_M, 64), dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_masks_by_position_over_types_of_16_bits(dtype: str) -> None:
+    run_of = segment("0", "kv_len", mask="(p % 3 < 2) & (j <= i)")
+    kernel = program(run_of, block_m=BLOCK_M, head_dim=24, value_dim=20)
+    check(typed(Case(kernel, *tensors(1, 2, 1, 90, 130, 24, 20)), dtype))
+
+
 @HAS_AVX512
 @pytest.mark.parametrize("isa", ["avx2", "sse2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
