@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import spgen as sp
 from spgen.integrations.transformers import use_pattern
 
 
 def main(lengths: tuple[int, ...] = (200, 77, 200, 131), new_tokens: int = 40, layers: int = 4) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=997, hidden_size=256, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=8,
@@ -53,6 +54,8 @@ def padded(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def generated(model: Any, tokens: Tensor, shown: Tensor, count: int, cache: str = "dynamic") -> Tensor:
     """The tokens [B, count] that are most likely, one after the other."""
+    from transformers import DynamicCache, StaticCache
+
     length = tokens.shape[1] + count
     keys = StaticCache(model.config, max_cache_len=length) if cache == "static" else DynamicCache(config=model.config)
     positions = (shown.cumsum(1) - 1).clamp(min=0)

@@ -267,8 +267,41 @@ def test_dropout_is_an_error() -> None:
 def test_options_that_change_the_result_are_errors() -> None:
     model = encoder()
     use_pattern(model, sp.dense())
-    with pytest.raises(UnsupportedError, match="softcap"):
-        model(input_ids=tokens(), softcap=30.0)
+    with pytest.raises(UnsupportedError, match="position_bias"):
+        model(input_ids=tokens(), position_bias=torch.zeros(1, 4, 32, 32))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_capped_scores(padded: bool) -> None:
+    """Gemma 2: the scores of every layer are capped, every other layer has a window."""
+    model = lm("Gemma2", attn_logit_softcapping=2.0, query_pre_attn_scalar=16, sliding_window=6)
+    ids, mask = left_padded()
+    mask = mask if padded else torch.ones_like(mask)
+    options = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    wanted = model(**options).logits
+    with use_pattern(model, sp.causal(), keep_windows=True):
+        found = model(**options).logits
+    kept = mask.bool()
+    torch.testing.assert_close(found[kept], wanted[kept], atol=1e-4, rtol=1e-4)
+    model.config.attn_logit_softcapping = None
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = None
+    with use_pattern(model, sp.causal(), keep_windows=True):
+        assert (model(**options).logits - found)[kept].abs().max() > 1e-2
+
+
+def test_learned_sinks() -> None:
+    """GPT-OSS: a learned logit of each head takes its share of every row; every other layer has a window."""
+    model = lm("GptOss", sliding_window=6, num_local_experts=2, num_experts_per_tok=1)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, std=2.0)
+    row = tokens()
+    wanted = model(input_ids=row, use_cache=False).logits
+    with use_pattern(model, sp.causal(), keep_windows=True):
+        torch.testing.assert_close(model(input_ids=row, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.sub_(3.0)
+    assert (model(input_ids=row, use_cache=False).logits - wanted).abs().max() > 1e-2
 
 
 def test_spgen_without_a_pattern_is_an_error() -> None:

@@ -181,8 +181,10 @@ def _as_list(mask: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def test_shared_heads_and_no_full_blocks() -> None:
-    made = create_block_mask(causal, None, None, LENGTH, LENGTH, device="cpu", BLOCK_SIZE=4, separate_full_blocks=False)
-    assert made.full_kv_indices is None
+    count, indices = torch.arange(1, 6, dtype=torch.int32), torch.arange(5, dtype=torch.int32).expand(5, 5)
+    made = BlockMask.from_kv_blocks(
+        count[None, None], indices[None, None], BLOCK_SIZE=4, mask_mod=causal, seq_lengths=(LENGTH, LENGTH)
+    )
     assert torch.equal(held(sp.from_block_mask(made)), dense(causal))
 
 
