@@ -131,13 +131,11 @@ class _Held:
         return self._attend[key]
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, keys: _Keys | None
+        self, q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, kv_lengths: Tensor | None
     ) -> Tensor:
-        if keys is not None and keys.parts is not None:
-            return self._in_parts(q, k, v, options, sinks, keys.parts)
         attend = self.attend(options)
-        if keys is not None:
-            return attend(q, k, v, kv_lengths=keys.lengths, sink_logits=sinks)
+        if kv_lengths is not None:
+            return attend(q, k, v, kv_lengths=kv_lengths, sink_logits=sinks)
         if torch.compiler.is_compiling() or not self.pattern.data:
             return attend(q, k, v, sink_logits=sinks)
         key = (q.shape, k.shape, q.dtype, q.device)
@@ -145,9 +143,10 @@ class _Held:
             self._plans[options] = (key, attend.plan(q, k))  # the last shape only: plans can be large
         return attend(q, k, v, plan=self._plans[options][1], sink_logits=sinks)
 
-    def _in_parts(
+    def in_parts(
         self, q: Tensor, k: Tensor, v: Tensor, options: _Options, sinks: Tensor | None, parts: list[_Part]
     ) -> Tensor:
+        """A padded batch, part by part."""
         out = q.new_zeros((*q.shape[:3], v.shape[3]))
         for part in parts:
             batch, rows, keys = slice(part.first, part.last), slice(*part.rows), slice(*part.keys)
@@ -175,17 +174,10 @@ class _Part:
     keys: tuple[int, int]
 
 
-class _Keys(Tensor):
-    """Which keys there are, in the place of a mask: int64 [B, 1, 1, 1], as transformers passes masks on.
+class _Padded(Tensor):
+    """What a padded batch consists of, in the place of a mask: empty, with the four axes that transformers wants."""
 
-    The values are the keys of each sequence in a cache that is not full. `parts` are what a padded batch consists of.
-    """
-
-    parts: list[_Part] | None = None
-
-    @property
-    def lengths(self) -> Tensor:
-        return self.as_subclass(Tensor).flatten()
+    parts: list[_Part]
 
 
 def _forward(
@@ -208,16 +200,27 @@ def _forward(
             "attn_implementation", given='"spgen" without a pattern', allowed="a model that has one",
             remedy="call spgen.integrations.transformers.use_pattern(model, pattern)",
         )  # fmt: skip
-    keys = attention_mask if isinstance(attention_mask, _Keys) else None
-    if keys is None:
-        _refuse_mask(attention_mask)
     _refuse_options(dropout, options)
     near = None
     if sliding_window is not None and held.keep_windows:
         causal = getattr(module, "is_causal", True)
         near = (sliding_window, 0 if causal else sliding_window - 1)
     asked = _Options(scaling, softcap, near)
-    return held(query, key, value, asked, s_aux, keys).transpose(1, 2), None
+    if isinstance(attention_mask, _Padded):
+        return held.in_parts(query, key, value, asked, s_aux, attention_mask.parts).transpose(1, 2), None
+    kv_lengths = _kv_lengths(attention_mask)
+    if kv_lengths is None:
+        _refuse_mask(attention_mask)
+    return held(query, key, value, asked, s_aux, kv_lengths).transpose(1, 2), None
+
+
+def _kv_lengths(mask: Tensor | None) -> Tensor | None:
+    """How many keys each sequence has, if that is what `_mask` gave: int64 [B, 1, 1, 1].
+
+    A caller's own mask of one key looks the same, and means the same.
+    """
+    lengths = mask is not None and mask.dtype == torch.int64 and tuple(mask.shape[1:]) == (1, 1, 1)
+    return mask.flatten() if mask is not None and lengths else None
 
 
 def _refuse_mask(mask: Tensor | None) -> None:
@@ -250,29 +253,32 @@ def _mask(
     *, batch_size: int, kv_length: int, q_length: int | None = None, q_offset: int | Tensor = 0,
     kv_offset: int | Tensor = 0, cache_position: Tensor | None = None, attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu", **options: Any,
-) -> _Keys | None:  # fmt: skip
+) -> Tensor | None:  # fmt: skip
     """What transformers calls once for each forward pass, with the caller's 2-d mask of padded keys.
 
-    None, if all keys count. Older versions give `cache_position` in place of `q_length` and `q_offset`.
+    None, if all keys count; else the parts of a padded batch, or how many keys of a static cache there are. Older
+    versions of transformers give `cache_position` in place of `q_length` and `q_offset`.
     """
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
     rows = kv_length if q_length is None else q_length
-    if bool(kv_offset != 0) or (isinstance(q_offset, int) and q_offset + rows > kv_length):
+    surplus = kv_length - q_offset - rows if isinstance(q_offset, int) else 0
+    both_ways = "allow_is_bidirectional_skip" in options  # more keys than rows are then no cache but an encoder's
+    if bool(kv_offset != 0) or surplus < 0 or (surplus and both_ways):
         raise UnsupportedError(
             "past_key_values",
             given=f"keys {int(kv_offset)} to {int(kv_offset) + kv_length} for {rows} rows from {int(q_offset)} on",
-            allowed="a cache that holds all keys so far",
+            allowed="a cache that holds all keys so far; no attention to the keys of an encoder",
             remedy="use a DynamicCache() or a StaticCache without sliding layers",
         )
     if attention_mask is not None and not _hides_nothing(attention_mask[:, : int(q_offset) + rows]):
-        keys = torch.zeros(batch_size, 1, 1, 1, dtype=torch.int64).as_subclass(_Keys)
-        keys.parts = list(_parts(attention_mask.bool(), int(q_offset), rows))
-        return keys
-    if isinstance(q_offset, int) and q_offset + rows == kv_length:
+        padded = torch.empty(batch_size, 1, 1, 0, device=device).as_subclass(_Padded)
+        padded.parts = list(_parts(attention_mask.bool(), int(q_offset), rows))
+        return padded
+    if isinstance(q_offset, int) and not surplus:
         return None
-    lengths = torch.as_tensor(q_offset, device=device) + rows
-    return lengths.to(torch.int64).expand(batch_size).reshape(batch_size, 1, 1, 1).clone().as_subclass(_Keys)
+    lengths = torch.as_tensor(q_offset, dtype=torch.int64, device=device) + rows
+    return lengths.expand(batch_size).reshape(batch_size, 1, 1, 1)
 
 
 def _parts(mask: Tensor, offset: int, rows: int) -> Iterator[_Part]:

@@ -152,6 +152,17 @@ def test_a_static_cache_and_index_data() -> None:
     torch.testing.assert_close(torch.cat(parts, 1), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_static_cache_decodes_in_one_graph() -> None:
+    model, row = lm(), tokens()
+    use_pattern(model, sp.causal() & (sp.sink(2) | sp.window(9)))
+    wanted = model(input_ids=row).logits
+    cache = transformers.StaticCache(config=model.config, max_cache_len=64)
+    found = [model(input_ids=row[:, :28], past_key_values=cache).logits]
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    found += [compiled(input_ids=token, past_key_values=cache).logits for token in row[:, 28:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), wanted, atol=1e-4, rtol=1e-4)
+
+
 def lm(kind: str = "Llama", **changes: Any) -> Any:
     """A small language model of a kind, with large random weights: its next tokens differ."""
     config = getattr(transformers, f"{kind}Config")(
@@ -244,6 +255,17 @@ def test_windows_to_both_sides_are_kept() -> None:
     found = model(input_ids=row, use_cache=False).logits
     use_pattern(model, sp.window(4, 3))
     assert torch.equal(model(input_ids=row, use_cache=False).logits, found)
+
+
+def test_attention_to_an_encoder_is_an_error() -> None:
+    config = transformers.BartConfig(
+        vocab_size=50, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+    )  # fmt: skip
+    model = transformers.BartModel(config).eval()
+    use_pattern(model, sp.dense())
+    with pytest.raises(UnsupportedError, match="no attention to the keys of an encoder"):
+        model(input_ids=tokens(), attention_mask=torch.ones(1, 32), decoder_input_ids=tokens(5))
 
 
 def test_a_cache_that_drops_keys_is_an_error() -> None:
