@@ -47,10 +47,13 @@ _TABLES = {
     },
     # Diagonal offsets as bits: bit r - j + kv_len + margin, for rows up to `margin` outside the call; in a packed batch
     # the bits of each sequence follow those before it. With an `order` of keys, j is a rank and kv_len its length.
-    "diagonal_bits": {"offsets": "slot", "margin": "int", "order": "slot?"},
+    # Only offsets from `low` up to, not including, `high` count.
+    "diagonal_bits": {"offsets": "slot", "margin": "int", "order": "slot?", "low": "int?", "high": "int?"},
     # The columns that the offsets sweep over a row tile, counted from its end, as tiles of `block_n` that begin with
     # each run's first column: where they start, and where their run ends (exclusive).
-    "diagonal_runs": {"offsets": "slot", "row_tile": "int", "block_n": "int", "part": "str"},
+    "diagonal_runs": {
+        "offsets": "slot", "row_tile": "int", "block_n": "int", "part": "str", "low": "int?", "high": "int?",
+    },
     # One bit per rows x cols tile that holds a pair of `predicate`.
     "touch": {"predicate": "expr", "rows": "int", "cols": "int"},
     # Position bounds per row tile (start, full_start, full_stop, stop) in the list of another table, which has a row

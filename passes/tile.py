@@ -150,10 +150,11 @@ class _Tiler:
             return self.diagonal_predicate(leaf, at)
         return self.cover_predicate(leaf, at)
 
-    def diagonal_predicate(self, leaf: Op, at: _Place) -> Expr:
+    def diagonal_predicate(self, leaf: Op, at: _Place, low: int | None = None, high: int | None = None) -> Expr:
+        """Whether the pair's offset is listed, and at least `low` and below `high`."""
         name = self.tables.add(
             "diagonal_bits", f"diagonal_bits_{leaf['offsets'].index}", self.tables.heads_of(leaf["offsets"], 1),
-            offsets=leaf["offsets"], margin=self.margin, order=at.order,
+            offsets=leaf["offsets"], margin=self.margin, order=at.order, low=low, high=high,
         )  # fmt: skip
         keys = KV_LEN if at.order is None else self.capacity(at.order)
         x = keys - at.column + self.margin
@@ -239,6 +240,8 @@ class _Segment:
             (literal for literal in self.literals if self._drives(literal)), key=_selectivity, default=None
         )
         self.key_space = self._key_space()
+        self.low: int | None = None  # the offsets that count, where diagonals drive
+        self.high: int | None = None
 
     def _drives(self, literal: Op) -> bool:
         """Whether the literal's columns can be walked for this row tile."""
@@ -270,7 +273,8 @@ class _Segment:
                 when = when & self.tiler.predicate(literal, None)
                 continue
             ends = self._bounds(literal)
-            if not (ends and ends[0] is ends[1] and self.driver is None):  # the run's own ends say it
+            said = ends and ends[0] is ends[1] and self.driver is None  # by the run's own ends
+            if not said and not self._limits_offsets(literal):
                 mask = mask & self.tiler.predicate(literal, self.key_space)
             if ends is None:
                 exact = False
@@ -294,6 +298,21 @@ class _Segment:
             "segment", name=self.name, key=key, exact=exact, **self.bounds, **self._finish(source, exact),
             when=None if when is TRUE else when, mask=None if mask is TRUE else mask,
         )  # fmt: skip
+
+    def _limits_offsets(self, literal: Op) -> bool:
+        """Whether the half-line says which of the driver's diagonals count; it is noted then, and needs no mask."""
+        leaf, positive, _ = leaf_of(literal)
+        if self.driver is None or leaf_of(self.driver)[0].kind != "diagonals" or leaf.kind != "before":
+            return False
+        position, shift = expr.split_constant(self.tables.resolve(leaf["bound"]))
+        if position is not _I or _space(literal) != _space(self.driver):
+            return False
+        limit = 1 - shift  # j < i + shift: the offset i - j is at least this
+        if positive:
+            self.low = limit if self.low is None else max(self.low, limit)
+        else:
+            self.high = limit if self.high is None else min(self.high, limit)
+        return True
 
     def _bounds(self, literal: Op) -> tuple[Expr, Expr] | None:
         """A half-line's bound at the tile's first and last position, if it speaks of this segment's columns."""
@@ -373,18 +392,19 @@ class _Segment:
         names = {
             part: self.tables.add(
                 "diagonal_runs", f"diagonal_{part}_{slot.index}", self.tables.heads_of(slot, 1),
-                offsets=slot, row_tile=shape.row_tile, block_n=shape.block_n, part=part,
+                offsets=slot, row_tile=shape.row_tile, block_n=shape.block_n, part=part, low=self.low, high=self.high,
             )
             for part in ("starts", "ends")
         }  # fmt: skip
         base = TILE * shape.row_tile + shape.row_tile + Q_OFFSET
         number = P // shape.block_n
         assert self.driver is not None
+        at = self.tiler.place(*_space(self.driver), self.key_space)
         inside = (J if self.key_space is None else C) - base < expr.load(names["ends"], 0, number)
         return {
             "source": "list", "contiguous": True, "unit": shape.block_n, "exact": False,
             "column": expr.load(names["starts"], 0, number) + P % shape.block_n + base,
-            "mask": inside & self.tiler.predicate(self.driver, self.key_space),
+            "mask": inside & self.tiler.diagonal_predicate(leaf, at, self.low, self.high),
             "list": {"units": names["starts"], "tiles_per_row": 0, "units_by_tile": False, "base": base},
         }  # fmt: skip
 

@@ -265,9 +265,17 @@ def _groups(builder: Builder, op: Op) -> Tensor:
     return _signed(total[..., :-1])
 
 
+def _offsets(builder: Builder, op: Op) -> Tensor:
+    """The offsets; what is not between `low` and `high` lies beyond every position."""
+    offsets = builder.slot(op["offsets"], 1).long()
+    if op["low"] is not None:
+        offsets = torch.where(offsets < op["low"], _FAR, offsets)
+    return offsets if op["high"] is None else torch.where(offsets >= op["high"], _FAR, offsets)
+
+
 def _diagonal_bits(builder: Builder, op: Op) -> Tensor:
     """Bit `offset - q_offset + keys + margin`; in a packed batch each sequence's bits follow those before it."""
-    offsets = builder.slot(op["offsets"], 1).long()
+    offsets = _offsets(builder, op)
     margin, sequences = op["margin"], builder.sequences
     scalars = sequences.variables(2)
     ranks = None if op["order"] is None else builder.data[op["order"].index].shape[-1]
@@ -293,7 +301,7 @@ def _diagonal_runs(builder: Builder, op: Op) -> Tensor:
 
     Runs are unions of intervals that touch. The c-th tile of a run is brought in by the interval that needs it first.
     """
-    offsets = builder.slot(op["offsets"], 1).long()
+    offsets = _offsets(builder, op)
     rows, cols = op["row_tile"], op["block_n"]
     near = (offsets > -_FAR) & (offsets < _FAR)
     low = _sorted_unique(-offsets - rows, near, offsets.shape[-1]).long()

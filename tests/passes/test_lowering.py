@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import spgen as sp
 from spgen.compile import _query_head_matters
 from spgen.errors import UnsupportedError
+from spgen.ir.kernel import parts
 from spgen.patterns import Pattern
-from tests.lowering import Lengths, lowered_pairs
+from tests.lowering import Lengths, lowered_builder, lowered_pairs
 from tests.strategies import patterns
 
 TILES = st.sampled_from([(8, 8), (16, 8), (8, 16), (16, 16)])
@@ -89,6 +90,16 @@ def packed_cases(draw: st.DrawFn) -> tuple[Pattern, Lengths]:
 def test_lowered_pairs_of_packed_batches_are_the_oracles(case: tuple[Pattern, Lengths]) -> None:
     pattern, call = case
     assert torch.equal(lowered_pairs(pattern, call), wanted_pairs(pattern, call))
+
+
+@pytest.mark.parametrize("limits", [sp.causal(), sp.window(9, 2), sp.causal() - sp.window(4), ~sp.causal()], ids=str)
+def test_half_lines_say_which_diagonals_count(limits: Pattern) -> None:
+    pattern = limits & sp.diagonals(torch.tensor([-30, -3, -1, 0, 2, 3, 4, 8, 9, 11, 40]))
+    call = Lengths(40, 48, block_m=16, block_n=8)
+    assert torch.equal(lowered_pairs(pattern, call), wanted_pairs(pattern, call))
+    walked = parts(lowered_builder(pattern, call)[0].kernel, "segment")
+    assert walked
+    assert all("j < row" not in str(op["mask"]) for op in walked)  # the offsets' table says it
 
 
 @pytest.mark.parametrize("order", ["q", "k"])
