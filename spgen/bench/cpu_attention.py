@@ -1,7 +1,9 @@
-"""Causal block lists on the CPU: fp32, 64 x 64 blocks, against compiled FlexAttention and SDPA."""
+"""Attention on the CPU: lists of blocks in fp32 and bf16 beside FlexAttention and SDPA; tokens and diagonals."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,11 +11,11 @@ import torch
 from torch import Tensor
 
 import spgen as sp
-from spgen.bench import peers
+from spgen.bench import peers, tokens
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.machine import hardware, versions
 from spgen.bench.measure import Call, interleaved
-from spgen.bench.peak import fma_loop
+from spgen.bench.peak import FmaLoop, fma_loop, pair_loop
 from spgen.bench.start import first_calls, launches
 from spgen.target import Target
 
@@ -27,21 +29,41 @@ _DIAGONAL = 1.0
 
 def run(quick: bool = False) -> dict[str, Any]:
     """The whole suite, as a JSON value."""
-    work, rounds = (QUICK, 3) if quick else (WORK, 11)
+    work, rounds = (QUICK, 3) if quick else (WORK, 9)
     missing: dict[str, str] = {}
     with torch.inference_mode():
         return {
             "suite": SUITE,
             "quick": quick,
             "machine": hardware("cpu"),
+            "load": round(os.getloadavg()[0], 1),
             "versions": versions(),
-            "work": f"B1 H{work.heads} D{work.head_dim} N{work.length} fp32, causal, blocks of {work.block}",
+            "work": f"B1 H{work.heads} D{work.head_dim} N{work.length}, causal, blocks of {work.block}",
             "stated_peak_gflops": round(Target.of("cpu").peak("float32") / 1e9, 1),
             "rows": measure(work, SPARSITIES, rounds, missing),
+            "bfloat16": measure(replace(work, dtype=torch.bfloat16), SPARSITIES, rounds, missing),
+            "bfloat16_pairs": _multiplies_pairs(),
+            "pair_peak_gflops": pair_peak(rounds),
+            "tokens": tokens.measure(work, rounds),
             "missing": missing,
             "launch": launches("cpu", torch.float32),
             "start": first_calls("cpu", torch.float32),
         }
+
+
+def _multiplies_pairs() -> bool:
+    return Target.of("cpu").isa == "avx512_bf16"
+
+
+def _floor(dtype: torch.dtype) -> FmaLoop | None:
+    """What the registers do at best with what the kernel multiplies."""
+    return pair_loop() if dtype == torch.bfloat16 and _multiplies_pairs() else fma_loop()
+
+
+def pair_peak(rounds: int) -> float | None:
+    """GFLOP/s of pairs of bf16 in registers, whether or not the kernel multiplies them."""
+    loop = pair_loop()
+    return None if loop is None else round(loop.flops / interleaved({"pairs": loop}, rounds=rounds)["pairs"] / 1e9, 1)
 
 
 def measure(
@@ -49,7 +71,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row for each sparsity; the plan is made before, and timed apart. The floor takes turns with the rest."""
     q, k, v = work.tensors()
-    flex_kernel, floor = peers.compiled_flex(), fma_loop()
+    flex_kernel, floor = peers.compiled_flex(), _floor(work.dtype)
     rows = []
     for sparsity in sparsities:
         listed = BlockList.random(work, sparsity)

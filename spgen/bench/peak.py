@@ -38,17 +38,27 @@ class FmaLoop:
 
 
 def fma_loop(seconds: float = 0.05) -> FmaLoop | None:
-    """Vector multiply-adds in independent chains, for about `seconds`; None without a C compiler."""
+    """Vector multiply-adds of fp32 in independent chains, for about `seconds`; None without a C compiler."""
+    return _loop("fma_rounds", 2, seconds)
+
+
+def pair_loop(seconds: float = 0.05) -> FmaLoop | None:
+    """The same of pairs of bf16 by AVX-512's vdpbf16ps; None where there is no such instruction."""
+    return _loop("pair_rounds", 4, seconds)
+
+
+def _loop(name: str, flops: int, seconds: float) -> FmaLoop | None:
+    """The loop of fma.c that does `flops` operations a lane."""
     target, chains = Target.of("cpu"), max(1, Target.of("cpu").registers * 3 // 4)
     with tempfile.TemporaryDirectory() as directory:
         library = _compiled(Path(directory, "fma.so"), target, chains)
-        if library is None:
-            return None
-        run = library.fma_rounds
+    run = getattr(library, name, None)
+    if run is None:
+        return None
     run.argtypes, run.restype = [ctypes.c_long], ctypes.c_float
     few = 1_000_000
     rounds, threads = max(few, round(few * seconds / wall(lambda: run(few)))), torch.get_num_threads()
-    return FmaLoop(run, rounds, threads, threads * rounds * chains * target.simd * 2)
+    return FmaLoop(run, rounds, threads, threads * rounds * chains * target.simd * flops)
 
 
 def _compiled(path: Path, target: Target, chains: int) -> ctypes.CDLL | None:

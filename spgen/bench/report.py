@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
 Cells = Sequence[str]
@@ -20,16 +20,31 @@ _GPU_HEAD = (
 _PATTERN_HEAD = (
     "pattern", "length", "density", "spgen", "TFLOP/s", "plan", "with plan", "FlexAttention", "error",
 )  # fmt: skip
+_TOKEN_HEAD = ("pattern", "spgen", "GFLOP/s", "of blocks", "needed of visited", "SDPA causal takes", "error")
+_BUSY = 0.7  # of the load of the last minute: others were at work, too
 _MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def table(result: Result) -> tuple[Cells, list[Cells]]:
-    """Head and rows of a result's main table."""
-    if result["suite"] == "cpu-attention":
-        return _CPU_HEAD, [_cpu_row(row) for row in result["rows"]]
+class Table(NamedTuple):
+    """`title` is empty where the suite has one table only."""
+
+    title: str
+    head: Cells
+    rows: Sequence[Cells]
+
+
+def tables(result: Result) -> list[Table]:
+    """A result as tables."""
     if result["suite"] == "gpu-patterns":
-        return _PATTERN_HEAD, [_pattern_row(row) for row in result["rows"]]
-    return _GPU_HEAD, [_gpu_row(row) for row in result["rows"]]
+        return [Table("", _PATTERN_HEAD, [_pattern_row(row) for row in result["rows"]])]
+    if result["suite"] == "gpu-attention":
+        return [Table("", _GPU_HEAD, [_gpu_row(row) for row in result["rows"]])]
+    parts = (
+        ("rows", "float32", _CPU_HEAD, _cpu_row),
+        ("bfloat16", "bfloat16", _CPU_HEAD, _cpu_row),
+        ("tokens", "float32, tokens and diagonals", _TOKEN_HEAD, _token_row),
+    )
+    return [Table(title, head, list(map(cells, result[name]))) for name, title, head, cells in parts if name in result]
 
 
 def _cpu_row(row: Result) -> Cells:
@@ -38,6 +53,13 @@ def _cpu_row(row: Result) -> Cells:
         f"{row['sparsity']:.0%}", f"{row['ms']['spgen']:.2f} ms", f"{row['gflops']:.0f}",
         "–" if share is None else f"{share:.0%}", *(_peer(row, name) for name in ("flex", "sdpa causal", "sdpa mask")),
         f"{row['error']['spgen']:.1e}",
+    )  # fmt: skip
+
+
+def _token_row(row: Result) -> Cells:
+    return (
+        row["pattern"], f"{row['ms']['spgen']:.2f} ms", f"{row['gflops']:.0f}", f"{row['of_blocks']:.0%}",
+        f"{row['visited']:.0%}", f"{row['faster_than']['sdpa causal']:.1f}×", f"{row['error']['spgen']:.1e}",
     )  # fmt: skip
 
 
@@ -84,7 +106,10 @@ def facts(result: Result) -> list[str]:
         f"launch: {launch['attend_us']:.1f} µs a call, {launch['overhead_us']:.1f} µs of it beyond the bare kernel",
         f"first call in a fresh process, beyond torch's import: {first}",
     ]
+    lines += [_bfloat16(result)] if "bfloat16" in result else []
     lines += [f"{name} is missing: {why}" for name, why in result["missing"].items()]
+    if result.get("load", 0) > _BUSY:
+        lines.append(f"the machine was busy: its load was {result['load']} before the run")
     return lines + (["quick: small sizes and few repeats, no figures to quote"] if result["quick"] else [])
 
 
@@ -98,19 +123,25 @@ def _floor(result: Result) -> str:
     )
 
 
+def _bfloat16(result: Result) -> str:
+    peak, in_pairs = result["pair_peak_gflops"], result["bfloat16_pairs"]
+    reached = "there is no vdpbf16ps" if peak is None else f"vdpbf16ps reaches {peak:.0f} GFLOP/s in registers"
+    return f"bf16 is {'multiplied in pairs' if in_pairs else 'widened to fp32'}: {reached}"
+
+
 def show(result: Result) -> None:
     """The result on the terminal."""
+    from rich import table
     from rich.console import Console
-    from rich.table import Table
 
-    head, rows = table(result)
-    shown = Table(title=result["suite"])
-    for name in head:
-        shown.add_column(name, justify="right")
-    for row in rows:
-        shown.add_row(*row)
     console = Console(highlight=False)
-    console.print(shown)
+    for title, head, rows in tables(result):
+        shown = table.Table(title=" ".join(filter(None, (result["suite"], title))))
+        for name in head:
+            shown.add_column(name, justify="right")
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown)
     for fact in facts(result):
         console.print(fact, soft_wrap=True)
 
@@ -122,10 +153,14 @@ def write(result: Result, path: Path) -> None:
 
 def markdown(result: Result) -> str:
     """The result for the README."""
-    head, rows = table(result)
-    lines = [head, ("---:",) * len(head), *rows]
+    shown = "\n\n".join(map(_markdown, tables(result)))
+    return shown + "\n\n" + "\n".join(f"- {fact}" for fact in facts(result)) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.head, ("---:",) * len(table.head), *table.rows]
     text = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return text + "\n\n" + "\n".join(f"- {fact}" for fact in facts(result)) + "\n"
+    return f"{table.title}:\n\n{text}" if table.title else text
 
 
 def filled(text: str, directory: Path) -> str:

@@ -9,9 +9,20 @@ import pytest
 import torch
 
 import spgen as sp
-from spgen.bench import SUITES, blocks, cpu_attention, gpu_attention, gpu_cases, gpu_patterns, peers, report, start
+from spgen.bench import (
+    SUITES,
+    blocks,
+    cpu_attention,
+    gpu_attention,
+    gpu_cases,
+    gpu_patterns,
+    peers,
+    report,
+    start,
+    tokens,
+)
 from spgen.bench.measure import interleaved, per_call, wall
-from spgen.bench.peak import fma_loop
+from spgen.bench.peak import fma_loop, pair_loop
 from spgen.errors import DeviceError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,8 +87,8 @@ def test_medians_and_calls_in_a_row() -> None:
 
 
 def test_the_peak_is_plausible() -> None:
-    loop = fma_loop(0.01)
-    assert loop is None or 1e9 < loop.flops / wall(loop) < 1e14
+    for loop in (fma_loop(0.01), pair_loop(0.01)):
+        assert loop is None or 1e9 < loop.flops / wall(loop) < 1e14
 
 
 def test_a_missing_peer_is_noted() -> None:
@@ -105,7 +116,8 @@ def test_the_cpu_suite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr(start, "_PATTERNS", ("causal()",))
     result = cpu_attention.run(quick=True)
     assert [row["sparsity"] for row in result["rows"]] == [0.0, 0.9]
-    assert all(row["error"]["spgen"] < 1e-5 for row in result["rows"])
+    assert all(row["error"]["spgen"] < 1e-5 for row in [*result["rows"], *result["tokens"]])
+    assert all(1e-5 < row["error"]["spgen"] < 2e-2 for row in result["bfloat16"])
     assert result["missing"] == {"flex": "RuntimeError: left out"}
     assert 0 < result["start"]["warm_cache_s"] < result["start"]["first_call_s"]
     assert 0 < result["launch"]["bare_us"] < result["launch"]["attend_us"]
@@ -156,6 +168,16 @@ def test_the_patterns_of_the_gpu_are_what_they_say(case: gpu_cases.Case) -> None
     assert not missing
 
 
+def test_pairs_on_diagonals_are_counted() -> None:
+    work = replace(WORK, length=150)
+    for one in tokens.listed(work):
+        mask = one.pattern.mask(150, q_heads=4)[0]
+        tiles = torch.nn.functional.pad(mask, (0, 0, 0, 42)).unflatten(1, (3, 64))
+        assert one.needed == mask.sum()
+        assert one.visited in (one.needed, 64 * tiles.any(2).sum())
+    assert one.visited == 64 * tiles.any(2).sum()
+
+
 def test_no_gpu_is_said() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -174,9 +196,10 @@ def test_committed_results_are_whole(suite: str) -> None:
     assert not result["quick"]
     assert result["suite"] == suite
     assert not result["missing"]
-    head, rows = report.table(result)
-    assert all(len(row) == len(head) for row in rows)
-    assert "–" not in {cell for row in rows for cell in row}
+    for _, head, rows in report.tables(result):
+        assert rows
+        assert all(len(row) == len(head) for row in rows)
+        assert "–" not in {cell for row in rows for cell in row}
 
 
 def test_the_readme_shows_the_committed_results() -> None:
@@ -195,12 +218,13 @@ def test_a_table_is_filled_in_between_its_marks(tmp_path: Path) -> None:
     result = {
         "suite": "cpu-attention", "quick": False, "work": "work", "versions": {"torch": "2"}, "rows": [row],
         "machine": {"name": "a CPU", "kind": "cpu", "arch": "avx2", "threads": 4}, "missing": {"flex": "none"},
-        "stated_peak_gflops": 0.0, "launch": {"attend_us": 9.0, "overhead_us": 8.0},
+        "bfloat16": [row], "bfloat16_pairs": False, "pair_peak_gflops": None, "tokens": [], "stated_peak_gflops": 0.0,
+        "launch": {"attend_us": 9.0, "overhead_us": 8.0},
         "start": {"first_call_s": 2.0, "warm_cache_s": 0.2},
     }  # fmt: skip
     (tmp_path / "one.json").write_text(json.dumps(result))
     text = report.filled("before\n<!-- bench: one -->\nold\n<!-- end -->\nafter", tmp_path)
-    assert text.startswith("before\n<!-- bench: one -->\n| sparsity |")
+    assert text.startswith("before\n<!-- bench: one -->\nfloat32:\n\n| sparsity |")
     assert text.endswith("<!-- end -->\nafter")
     assert "| 50% | 1.00 ms | 100 | – | – | 10.0 ms (10.0×) | 20.0 ms (20.0×) | 1.0e-06 |" in text
     assert "flex is missing: none" in text
