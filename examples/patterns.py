@@ -10,12 +10,6 @@ import torch
 import spgen as sp
 
 
-def draw(pattern: sp.Pattern, length: int = 16) -> str:
-    """The pairs of one head: a row of text for each row of the mask."""
-    mask = pattern.mask(length)[0, 0].tolist()
-    return "\n".join("".join("█" if held else "·" for held in row) for row in mask)
-
-
 def main() -> None:
     """Prints a few patterns with their pictures."""
     blocks = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
@@ -29,7 +23,7 @@ def main() -> None:
         "whole tiles that a pattern touches": sp.cover(sp.causal() & sp.window(2), 4, 2),
     }
     for title, pattern in shown.items():
-        print(f"{title}\n{pattern}\n{draw(pattern)}\n")
+        print(f"{title}\n{sp.show(pattern, 16)}\n")
 
     # the text reads back, and equality is structure: which tensors are bound does not matter
     listed = shown["blocks from a mask"]

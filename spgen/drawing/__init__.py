@@ -10,12 +10,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from spgen.compile import refuse_selections
 from spgen.data import check_shapes
 from spgen.drawing import figure, terminal
 from spgen.drawing.colours import segment_colour
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from spgen.drawing.walk import Run
 
+T = TypeVar("T")
 _WIDEST = 100  # characters, in a wider terminal too: a picture should fit on the screen
 
 
@@ -77,7 +79,9 @@ class Picture:
 
     def density(self, rows: int, cols: int) -> tuple[Tensor, bool]:
         """Shares of the pairs in rows x cols cells, float [heads, rows, cols], and whether rows were sampled."""
-        return _density(self.subject, rows, cols)
+        if (rows, cols) not in self.subject.known:
+            self.subject.known[rows, cols] = self.subject.density(rows, cols)
+        return self.subject.known[rows, cols]
 
     def visited(self, rows: int, cols: int) -> Tensor:
         """Shares of the pairs that the kernel computes, float [segments, 2, heads, rows, cols]: masked, then whole."""
@@ -132,11 +136,6 @@ class Picture:
             return None  # a notebook then shows the text
 
 
-@lru_cache(maxsize=16)
-def _density(subject: Subject, rows: int, cols: int) -> tuple[Tensor, bool]:
-    return subject.density(rows, cols)
-
-
 def _width() -> int:
     return max(8, min(shutil.get_terminal_size().columns, _WIDEST))
 
@@ -163,7 +162,8 @@ def show(
     the compiled kernel walks are drawn, taken from its lowering: at the target's default tile size, or at (rows, keys).
     `target`, `dtype`, `head_dim` and `value_dim` say for which kernel (default: cpu, float32, 64, 64).
     The mask comes from the oracle; of a large call it is looked up on some rows of each cell.
-    Raises the errors of `pattern.mask`, and ShapeError for a head or sequence that is not there.
+    Raises the errors of `pattern.mask`, those of compiling with `tiles`, and ShapeError for a head or sequence that is
+    not there.
     """
     if not isinstance(pattern, Pattern):
         raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.causal()")
@@ -177,12 +177,18 @@ def show(
     check_shapes(
         pattern.node, pattern.data, q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch
     )
+    refuse_selections(pattern.node)
     chosen = tuple(range(q_heads)) if heads else (head,)
     own = Tiling(**tiling, size=None if isinstance(tiles, bool) else tiles) if tiles else None
     subject = Subject(
-        pattern, q_len, kv_len, q_heads, kv_heads, batch, q_offset, kv_lengths, sequence, chosen, own
+        pattern, q_len, kv_len, q_heads, kv_heads, batch, _on_cpu(q_offset), _on_cpu(kv_lengths), sequence, chosen, own
     )  # fmt: skip
+    _ = subject.walk  # lowered now: an error belongs here, not where the picture is printed
     return Picture(subject)
+
+
+def _on_cpu(value: T) -> T:
+    return value.cpu() if isinstance(value, Tensor) else value  # type: ignore[return-value]
 
 
 __all__ = ["Picture", "show"]

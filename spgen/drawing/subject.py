@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,8 +16,8 @@ from spgen.reference import mask
 from spgen.sequences import Sequences
 from spgen.target import Target
 
-_EXACT_PAIRS = 2**22  # up to this many pairs at once; beyond twenty times as many, rows are sampled
-_ALL_PAIRS = 20 * _EXACT_PAIRS
+_STRIP = 2**22  # looked up at once
+_ALL_PAIRS = 4 * _STRIP  # of a larger call some rows of each cell are looked up
 _SEED = 0
 
 
@@ -50,6 +50,7 @@ class Subject:
     sequence: int
     heads: tuple[int, ...]
     tiling: Tiling | None
+    known: dict[tuple[int, int], tuple[Tensor, bool]] = field(default_factory=dict, repr=False)  # density by cells
 
     def edges(self, length: int, cells: int) -> Tensor:
         """Where each of `cells` cells starts along `length`, and the end: integers [cells + 1]."""
@@ -82,7 +83,7 @@ class Subject:
 
     def _counts(self, rows: Tensor, columns: Tensor) -> Tensor:
         """How many keys of each column of cells each row holds, float64 [heads, rows, cols]."""
-        step = max(1, _EXACT_PAIRS // (self.batch * self.q_heads * self.kv_len))
+        step = max(1, _STRIP // (self.batch * self.q_heads * self.kv_len))
         parts = []
         for some in rows.split(step):
             found = mask(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spgen.compile import Lowered
-from spgen.ir.expr import Expr
+from spgen.ir.expr import Expr, free_variables, tables
 from spgen.ir.kernel import parts
 from spgen.ir.node import Op
 from spgen.ir.tiles import segments
@@ -18,7 +18,7 @@ from spgen.patterns import Pattern
 from spgen.sequences import Sequences
 from spgen.tables import Builder
 
-_MOST_TILES = 512  # of a longer call some row tiles are walked, evenly spread
+_MOST_TILES = 256  # of a longer call some row tiles are walked, evenly spread
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ class Walk:
         The second axis tells masked tiles (0) from whole ones (1).
         """
         rows, cols = len(row_edges) - 1, len(col_edges) - 1
+        alike = self._alike(sequence, heads)
+        if len(alike) < len(heads):  # each kind of head once
+            found = self.raster(sequence, list(alike), row_edges, col_edges)
+            kind = {head: n for n, like in enumerate(alike.values()) for head in like}
+            return found[:, :, [kind[head] for head in heads]]
         found = torch.zeros(len(self.segments), 2, len(heads), rows, cols, dtype=torch.float64)
         walked = torch.zeros(len(heads), rows, dtype=torch.float64)
         place = {head: n for n, head in enumerate(heads)}
@@ -115,6 +120,30 @@ class Walk:
                 found[run.segment, kind, place[run.head]] += height[:, None] * width
         area = walked[..., None] * (col_edges[1:] - col_edges[:-1])
         return torch.where(area > 0, found / area.clamp(min=1), 0)
+
+    def _alike(self, sequence: int, heads: Sequence[int]) -> dict[int, list[int]]:
+        """The heads that walk the same, by the first of them: equal bounds, and columns that do not tell them apart."""
+        group = self._builder.q_heads // self._builder.kv_heads
+        given = self._read_by_columns()
+        names = {name for node in given for name in tables(node)}
+        kinds = {self._builder.heads[name] for name in names} | {
+            {"h": "q", "hk": "kv"}[name] for node in given for name in free_variables(node) & {"h", "hk"}
+        }
+        found: dict[Any, list[int]] = {}
+        for head in heads:
+            own = head if "q" in kinds else head // group if "kv" in kinds else 0
+            bounds = torch.stack(self._bounds)[:, :, sequence, head // self._group] if self._bounds else torch.zeros(0)
+            found.setdefault((own, bounds.numpy().tobytes()), []).append(head)
+        return {like[0]: like for like in found.values()}
+
+    def _read_by_columns(self) -> list[Expr]:
+        """What columns, keys and rows are computed from, lets included."""
+        nodes = [node for one in self.segments for node in (one["column"], one["key"])] + [self.program["row"]]
+        given = [node for node in nodes if node is not None]
+        lets = {let["name"]: let["value"] for let in parts(self.kernel, "let")}
+        for node in given:  # grows meanwhile
+            given += [lets.pop(name) for name in free_variables(node) & set(lets)]
+        return given
 
     def _value(self, node: Expr, env: Any) -> Any:
         return self._builder.evaluate(node, env, self._heads, 1)

@@ -12,6 +12,8 @@ EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SIZES: dict[str, dict[str, Any]] = {
     "decoder": {"lengths": (40, 9, 40, 23), "new_tokens": 8, "layers": 2},
     "demo": {"texts": 12, "length": 512, "with_flex": False},
+    "permuted": {"length": 768},
+    "show": {"length": 512},
     "streaming": {"length": 500, "sink": 16, "window": 100},
     "vertical_slash": {"length": 512},
     "per_head_mixture": {"length": 300},
@@ -42,3 +44,9 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_example_opens_with_its_story() -> None:
     for path in EXAMPLES.glob("*.py"):
         assert (load(path.stem).__doc__ or "").strip(), path.name
+
+
+def test_show_writes_a_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    load("show").main(256, str(tmp_path / "picture.svg"))
+    assert (tmp_path / "picture.svg").read_text().startswith("<?xml")

@@ -16,7 +16,15 @@ from rich.console import Console
 import spgen as sp
 from spgen.drawing import subject, walk
 from spgen.drawing.terminal import plain
-from spgen.errors import DtypeError, PatternError, ShapeError, SpgenError, ToolchainError
+from spgen.errors import (
+    DeviceError,
+    DtypeError,
+    PatternError,
+    ShapeError,
+    SpgenError,
+    ToolchainError,
+    UnsupportedError,
+)
 from spgen.explain import count_tiles
 from tests.strategies import Call, calls, mask_of, patterns_of
 
@@ -96,12 +104,12 @@ def test_runs_are_what_the_raster_holds(case: tuple[sp.Pattern, Call]) -> None:
 
 def test_a_large_call_is_sampled_by_rows_and_says_so() -> None:
     """Regular patterns are the hard ones: a regular step would see all of them or nothing."""
-    pattern = sp.where(lambda i, j: i % 64 == 0) | sp.sink(100)
-    picture = sp.show(pattern, 2**15, 2**14, q_heads=4)
+    pattern = sp.where(lambda i, j: i % 16 == 0) | sp.sink(100)
+    picture = sp.show(pattern, 2**15, 2**14)
     density, sampled = picture.density(50, 64)
     assert sampled
     assert torch.equal(density, picture.density(50, 64)[0])
-    assert float(density[0, :, 1:].mean()) == pytest.approx(1 / 64, rel=0.5)
+    assert float(density[0, :, 1:].mean()) == pytest.approx(1 / 16, rel=0.3)
     torch.testing.assert_close(density[0, :, 0], (100 + 156 * density[0, :, 1]) / 256)
     assert "about" in picture.headline(50, 64)[1]
 
@@ -114,9 +122,16 @@ def test_of_many_row_tiles_some_are_walked(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(some.sum((0, 1)), whole.sum((0, 1)), atol=0.1, rtol=0.5)
 
 
+def test_heads_that_are_alike_are_walked_once() -> None:
+    shifted = sp.causal() & sp.stripe(8, cols=4, shift_per_head=1)
+    for pattern, kinds in ((BAND, 1), (shifted, 4), (sp.per_head([BAND, sp.causal()] * 2), 2)):
+        drawn = sp.show(pattern, 64, q_heads=4, heads=True, tiles=(8, 8)).subject.walk
+        assert len(drawn._alike(0, range(4))) == kinds
+
+
 def test_strips_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sp.show(BAND, 100).density(10, 10)[0]
-    monkeypatch.setattr(subject, "_EXACT_PAIRS", 300)
+    monkeypatch.setattr(subject, "_STRIP", 300)
     assert torch.equal(sp.show(BAND, 100).density(10, 10)[0], whole)
 
 
@@ -269,6 +284,8 @@ def test_a_file_that_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"pattern": sp.per_head([BAND] * 3), "q_heads": 2}, PatternError, "3 patterns"),
         ({"pattern": sp.block(8, mask=torch.ones(2, 2, dtype=torch.bool))}, ShapeError, "R = 2"),
         ({"pattern": "causal()"}, DtypeError, "pattern: got str"),
+        ({"pattern": sp.top_k(4, scores=sp.pooled())}, UnsupportedError, "a selection"),
+        ({"tiles": True, "target": "tpu"}, DeviceError, "device: got tpu"),
     ],
 )
 def test_what_cannot_be_drawn(options: dict[str, object], error: type[SpgenError], match: str) -> None:
