@@ -101,8 +101,8 @@ class Walk:
         alike = self._alike(sequence, heads)
         if len(alike) < len(heads):  # each kind of head once
             found = self.raster(sequence, list(alike), row_edges, col_edges)
-            kind = {head: n for n, like in enumerate(alike.values()) for head in like}
-            return found[:, :, [kind[head] for head in heads]]
+            number = {head: n for n, like in enumerate(alike.values()) for head in like}
+            return found[:, :, [number[head] for head in heads]]
         found = torch.zeros(len(self.segments), 2, len(heads), rows, cols, dtype=torch.float64)
         walked = torch.zeros(len(heads), rows, dtype=torch.float64)
         place = {head: n for n, head in enumerate(heads)}
