@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from spgen.patterns import vertical_slash as vertical_slash
     from spgen.patterns import where as where
     from spgen.patterns import window as window
+    from spgen.plan import Plan as Plan
     from spgen.scores import column_mass as column_mass
     from spgen.scores import last_queries as last_queries
     from spgen.scores import page_bounds as page_bounds
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "spgen.patterns": "Pattern block causal columns cover dense diagonals documents n_of_m pattern per_head permuted "
     "sink stripe top_k vertical_slash where window",
+    "spgen.plan": "Plan",
     "spgen.scores": "column_mass last_queries page_bounds pooled sort_within",
     "spgen.convert.flex": "from_block_mask from_mask_mod",
     "spgen.convert.mask": "from_mask",

@@ -15,34 +15,16 @@ from torch import Tensor
 
 from spgen.arguments import Arguments
 from spgen.data import check_boundaries, check_data
-from spgen.errors import DtypeError, PatternError, PlanError, ShapeError, UnsupportedError
+from spgen.errors import DtypeError, PatternError, ShapeError, UnsupportedError
 from spgen.ops import attention as operator
 from spgen.ops import is_plain
 from spgen.patterns import Pattern
+from spgen.plan import Plan, PlanKey, refuse
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from spgen.explain import Explanation
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The index tensors of a pattern for given lengths, on the device; reusable over steps and layers.
-
-    `tables` are int32 [batch or 1, heads, rows, columns]; their meaning is that of the level-2 program, which
-    `spgen explain --ir` prints. `key` is what the plan was made for: the pattern's text, the shapes of q and k, the
-    number of packed sequences, dtype and device, a number given as q_offset, and whether q_offset and kv_lengths were
-    tensors.
-    """
-
-    tables: list[Tensor]
-    key: tuple[Any, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory that the tables take, in bytes."""
-        return sum(table.nbytes for table in self.tables)
 
 
 @dataclass(frozen=True)
@@ -69,21 +51,6 @@ def _bias(bias: Tensor | Alibi) -> Tensor:
     if not isinstance(bias, Tensor):
         raise DtypeError("bias", given=type(bias).__name__, allowed="a tensor, or sp.alibi(slopes)")
     return bias[(None,) * max(0, 3 - bias.dim())]
-
-
-_KEY_FIELDS = (
-    "pattern", "shape of q", "shape of k", "packed sequences", "dtype", "device", "q_offset", "no q_offset tensor",
-    "no kv_lengths",
-)  # fmt: skip
-
-
-def _refuse_plan(plan: Plan, wanted: tuple[Any, ...]) -> None:
-    fields = zip(_KEY_FIELDS, plan.key, wanted, strict=True)
-    name, made, asked = next(field for field in fields if field[1] != field[2])
-    raise PlanError(
-        f"plan: {name}", given=str(made), allowed=str(asked),
-        remedy="make a plan with this call's arguments: attend.plan(q, k, …)",
-    )  # fmt: skip
 
 
 class Attention:
@@ -159,7 +126,7 @@ class Attention:
         if plan is not None:
             wanted = self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths)
             if plan.key != wanted:
-                _refuse_plan(plan, wanted)
+                refuse(plan, wanted)
         if check:
             self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
@@ -173,10 +140,10 @@ class Attention:
     def _key(
         self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, start: int | None, offsets: Tensor | None,
         kv_lengths: Tensor | None,
-    ) -> tuple[Any, ...]:  # fmt: skip
+    ) -> PlanKey:  # fmt: skip
         """What a plan is made for."""
         sequences = None if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-        return (
+        return PlanKey(
             self._text, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None, kv_lengths is None
         )  # fmt: skip
 

@@ -81,6 +81,12 @@ class Backend(Protocol):
     def build(self, kernel: Op, target: Target) -> Any:
         """The launchable kernel, from the cache or compiled."""
 
+    def planner(self, program: Op, target: Target) -> Any | None:
+        """What makes the tables of a level-2 program with kernels; None: spgen/tables.py makes them.
+
+        `planner.ready(builder)` is what calls of the same shapes share: a function of data, q_offset and kv_lengths.
+        """
+
 
 def backend_of(target: Target) -> Backend:
     """The backend that serves `target`: TVM on CPUs, Triton on GPUs, or what SPGEN_BACKEND says."""
@@ -181,6 +187,12 @@ def compiled(request: Request) -> Compiled:
     names = [op["name"] for op in table_ops(levels.program)]
     read = tuple(names.index(op["name"]) for op in parts(levels.kernel, "table"))
     return Compiled(request, levels, _kernels[key], bool(names), read)
+
+
+@lru_cache(maxsize=4096)
+def planner_of(program: Op, target: Target) -> Any | None:
+    """The backend's planner for a level-2 program, None if it has none."""
+    return backend_of(target).planner(program, target)
 
 
 def compile_count() -> int:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
-from spgen.compile import Compiled, Request, compiled, is_packed, lowered
+from spgen.compile import Compiled, Request, compiled, is_packed, lowered, planner_of
 from spgen.errors import GradientError, PlanError
+from spgen.ir.node import Op
 from spgen.ir.tiles import table_ops
 from spgen.passes.schedule import Call
 from spgen.tables import Builder
@@ -41,6 +42,7 @@ class _Ready:
 
     compiled: Compiled
     launch: Callable[..., None] | None  # None: there is nothing to compute
+    plan: Callable[..., list[Tensor]] | None  # makes the tables with kernels; None: by tensor operations
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
     scale: float
 
@@ -71,7 +73,8 @@ def attention(
     plain = cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
     key = (
         pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
-        offset.__class__, kv_lengths is None, None if plan else tuple([(t.shape, t.device) for t in data]),
+        offset.dtype if isinstance(offset, Tensor) else offset is None, kv_lengths is None or kv_lengths.dtype,
+        None if plan else tuple([(t.shape, t.stride(), t.dtype, t.device) for t in data]),
         None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap),
     )  # fmt: skip
     ready = _ready.get(key)
@@ -93,7 +96,10 @@ def attention(
         return out, lse
     tables: Sequence[Tensor] = ()
     if ready.compiled.needs_tables:
-        built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+        if plan or ready.plan is None:
+            built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+        else:
+            built = ready.plan(data, offset, kv_lengths)
         tables = [built[at] for at in ready.compiled.read]
     scale = ready.scale if scale is None else scale
     if plain:
@@ -162,7 +168,20 @@ def _prepare(arguments: Arguments, return_lse: bool) -> _Ready:
     done = compiled(request)
     idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
-    return _Ready(done, None if idle else done.kernel, starts_empty, 1 / math.sqrt(q.shape[-1]))
+    plan = _planner(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
+    return _Ready(done, None if idle else done.kernel, plan, starts_empty, 1 / math.sqrt(q.shape[-1]))
+
+
+def _builder(arguments: Arguments, request: Request) -> Builder:
+    a = arguments
+    sequences = sequences_of(a.q, a.k, a.cu_seqlens_q, a.cu_seqlens_k, a.q_offset, a.kv_lengths)
+    return Builder(a.data, sequences, request.q_heads, request.kv_heads)
+
+
+def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]] | None:
+    """What makes the tables of such calls with kernels: a function of data, q_offset and kv_lengths."""
+    planner = None if arguments.packed else planner_of(program, request.target)
+    return None if planner is None else planner.ready(_builder(arguments, request))
 
 
 def _check_tiles(done: Compiled) -> None:
@@ -203,16 +222,25 @@ def _tables(
     return builder.build(done.lowered.program)
 
 
-def _plan(
+def _planned(
     q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None, q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
+) -> Arguments:  # fmt: skip
+    """The arguments of a plan, as those of a call."""
     offset: Offset = q_offset if q_start is None else q_start
     arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
     check(arguments)
+    return arguments
+
+
+def _plan(*call: Any) -> list[Tensor]:
+    arguments = _planned(*call)
     request = request_of(arguments)
-    sequences = sequences_of(q, k, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-    return Builder(data, sequences, request.q_heads, request.kv_heads).build(lowered(request).program)
+    program = lowered(request).program
+    planned = _planner(arguments, request, program)
+    if planned is None:
+        return _builder(arguments, request).build(program)
+    return planned(arguments.data, arguments.q_offset, arguments.kv_lengths)
 
 
 def _fake_attention(
@@ -221,9 +249,11 @@ def _fake_attention(
     return _like(q, v.shape[-1]), q.new_empty(_lse_shape(q) if rest[-1] else (0,), dtype=torch.float32)
 
 
-def _fake_plan(q: Tensor, k: Tensor, *rest: Any) -> list[Tensor]:
-    # Tables are made of ordinary tensor operations, which know their shapes.
-    return _plan(q, k, *rest)
+def _fake_plan(*call: Any) -> list[Tensor]:
+    # Ordinary tensor operations, which know their shapes, make the same tables as kernels.
+    arguments = _planned(*call)
+    request = request_of(arguments)
+    return _builder(arguments, request).build(lowered(request).program)
 
 
 def _no_gradient(ctx: Any, *grads: Tensor) -> Any:

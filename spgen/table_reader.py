@@ -61,7 +61,8 @@ class Reader:
         table = self.table(name)
         batches, heads, rows, columns = table.shape
         h = torch.arange(heads, device=table.device).reshape(1, -1, *(1,) * self.axes)
-        b = self.b.clamp(0, batches - 1).to(torch.int64)
+        # what is read from a table that all sequences share is shared as well
+        b = self.b.clamp(0, batches - 1).to(torch.int64) if batches > 1 else self.b.new_zeros((1,) * self.b.dim())
         row = as_tensor(row, table.device)
         inside = (row >= 0) & (row < rows)
         start = ((b * heads + h) * rows + row.clamp(0, max(rows - 1, 0))) * columns

@@ -42,10 +42,13 @@ class Builder:
     def build(self, program: Op) -> list[Tensor]:
         """The program's tables, in its order."""
         for op in table_ops(program):
-            table = _BUILDERS[op.kind](self, op)
-            self.tables[op["name"]] = table.to(torch.int32).contiguous()
+            self.tables[op["name"]] = self.make(op)
             self.heads[op["name"]] = op["heads"]
         return [self.tables[op["name"]] for op in table_ops(program)]
+
+    def make(self, op: Op) -> Tensor:
+        """One table; those that it reads are made."""
+        return _BUILDERS[op.kind](self, op).to(torch.int32).contiguous()
 
     def slot(self, slot: Any, core: int) -> Tensor:
         """The tensor of `slot` as [batch or 1, heads, ...] with `core` axes behind the head's."""

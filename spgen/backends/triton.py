@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spgen.backends import triton_plan
 from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton_binary import Binary, load_source
 from spgen.backends.triton_compile import ELEMENT_BYTES, Variant, arguments, binary, constants_of, source_path
@@ -52,6 +53,11 @@ def build(kernel: Op, target: Target) -> AttentionKernel:
                 _refuse_late_interpreter()
             _built[key] = AttentionKernel(kernel, target, source_path(kernel))
         return _built[key]
+
+
+def planner(program: Op, target: Target) -> triton_plan.Planner | None:
+    """What makes the tables of a level-2 program on the device; None in the interpreter, where torch is quicker."""
+    return None if triton_interpreted() else triton_plan.planner(program, target)
 
 
 class AttentionKernel:

@@ -44,6 +44,10 @@ def build(kernel: Op, target: Target) -> AttentionKernel:
         return _built[kernel, target]
 
 
+def planner(program: Op, target: Target) -> None:
+    """None: the tables of a program are made by tensor operations, as spgen/tables.py defines them."""
+
+
 class AttentionKernel:
     """A compiled attention kernel. Calls block until the result is there; any thread may call."""
 

@@ -13,12 +13,13 @@ import torch
 
 import spgen as sp
 from spgen.arguments import Arguments
-from spgen.attend import Attention, Plan
+from spgen.attend import Attention
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.measure import per_call
 from spgen.compile import compiled
 from spgen.errors import CompileError
 from spgen.ops import request_of
+from spgen.plan import Plan
 
 # Runs in a process of its own. torch is imported, and its device and threads are up, before the clock starts.
 _FIRST_CALL = """

@@ -49,17 +49,12 @@ def check(path: Path, *, contents: bool = False) -> dict[str, Any]:
     with contextlib.suppress(Damaged):
         return _check_once(path, contents)
     while True:  # is it damaged, or did another process remove or replace it between two looks?
-        identity = _identity(path)
+        identity = path.stat().st_ino
         try:
             return _check_once(path, contents)
         except Damaged:
-            if _identity(path) == identity:
+            if path.stat().st_ino == identity:
                 raise
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_ctime_ns  # the number alone is given again at once
 
 
 def _check_once(path: Path, contents: bool) -> dict[str, Any]:

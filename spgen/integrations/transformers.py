@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spgen.attend import Attention, Plan, attention
+from spgen.attend import Attention, attention
 from spgen.errors import DtypeError, PatternError, UnsupportedError
 from spgen.ir.pattern import slots
 from spgen.patterns import Pattern, window
+from spgen.plan import Plan
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -1,0 +1,255 @@
+"""What the Triton template of planning needs to know about the tables of a level-2 program.
+
+A module has two kernels: `collect` makes the tables that follow from the pattern's tensors alone, `split` those that
+also read other tables. Each program of a kernel works for one table; `parameters` is the contract with the launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spgen.ir.expr import Expr, tables, walk
+from spgen.ir.node import Op, Slot
+from spgen.ir.ranges import Range
+from spgen.templates.triton.expressions import Printed, print_expression
+
+COLLECT, SPLIT = "collect", "split"
+ENTRIES = (COLLECT, SPLIT)
+
+LANES = 1024  # elements that a program looks at together
+LIST_LANES: tuple[int, ...] = (64, 256, LANES)  # lengths of lists that are sorted; longer ones go through a bitmap
+SPARSE = 4  # words of a bitmap for each entry: beyond them even long lists are sorted
+_LATE = ("splits", "groups")  # what `split` makes
+TILES = 128  # row tiles whose position bounds a program computes
+SCRATCH = ("marked", "runs")  # methods that take memory beside the table
+WORDS = 128  # words of 32 bits that a program packs from a mask
+
+_RANGES: dict[str, Range] = dict.fromkeys(
+    ("b", "hk", "h", "tile", "q_len", "kv_len", "n_heads", "group", "q_start", "k_start"), (0, None)
+)
+_BOUNDS = (("lo", False), ("inner_lo", True), ("inner_hi", False), ("hi", True))
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a rendered kernel.
+
+    `type` is "*i32", "*i64", "*u8", "*index" (a pointer to int32 or int64), "i32", "i64", or "unit" (a last stride: the
+    constant 1 or int64). `changes` says whether each call brings its own value, rather than each set of shapes.
+    """
+
+    name: str
+    type: str
+    changes: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """How one table is made: the method, and for a sorted list the lanes that hold it.
+
+    `partner` is a table that is made beside it: the ends of the runs whose starts these are.
+    """
+
+    op: Op
+    method: str
+    lanes: int = 0
+    partner: str = ""
+
+    @property
+    def name(self) -> str:
+        """The table's."""
+        return str(self.op["name"])
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        """The tensors of the pattern that are read."""
+        return tuple(value for _, value in self.op.attrs if isinstance(value, Slot))
+
+    def core(self, slot: Slot) -> int:
+        """The axes of a tensor behind its batch and heads."""
+        op = self.op
+        by_row = op.kind in ("units", "bits", "groups") and op["rows"] and op["indptr"] is None
+        return 2 if by_row and slot in (op["mask"], op["indices"]) else 1
+
+    @property
+    def list_rows(self) -> int:
+        """Lists that a program sorts, or compacts, side by side."""
+        return LANES // self.lanes if self.lanes else 4
+
+    @property
+    def span(self) -> int:
+        """Groups of rows that a row tile can cross."""
+        op = self.op
+        united = op.kind in ("units", "groups") and op["row_tile"] and op["rows"]
+        return (op["row_tile"] - 1) // op["rows"] + 2 if united else 1
+
+
+@dataclass(frozen=True)
+class Planning:
+    """The tables that the kernels make, and which arguments they take: `q_offset` as in a level-3 kernel."""
+
+    works: tuple[Work, ...]
+    heads: tuple[tuple[str, str], ...]  # whose head axis each table of the program has
+    q_offset: str
+    kv_lengths: bool
+
+    def __str__(self) -> str:
+        made = (f"{work.method} {work.lanes} {work.partner} {work.op}" for work in self.works)
+        heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
+        return f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}; heads: {heads}\n{''.join(made)}"
+
+    def of(self, entry: str) -> tuple[Work, ...]:
+        """The tables that a kernel makes."""
+        return tuple(work for work in self.works if (work.method in _LATE) == (entry == SPLIT))
+
+    def read_by(self, work: Work) -> tuple[str, ...]:
+        """The tables that a table is made from."""
+        if work.method == "groups":
+            return (self.units_of(work.op),)
+        return tuple(sorted(split_reads(work.op))) if work.method == "splits" else ()
+
+    def units_of(self, groups: Op) -> str:
+        """The table of the units that `groups` stands beside."""
+        wanted = [(name, value) for name, value in groups.attrs if name not in ("name", "heads", "words")]
+        return next(work.name for work in self.works if work.op.kind == "units" and wanted == [*work.op.attrs[2:]])
+
+
+def method_of(op: Op, entries: int, words: int) -> Work | None:
+    """How a table is made; None where no kernel makes it.
+
+    Lists of `entries` entries, repeats included, are sorted or go through a bitmap of `words` words. Short lists sort
+    twice as fast; of long ones, marking bits and reading them takes a third of the time, but for very long bitmaps.
+    """
+    if op.kind == "units" and op["mask"] is None and op["indptr"] is None:
+        lanes = next((lanes for lanes in LIST_LANES if entries <= lanes), 0)
+        short = 0 < lanes < LIST_LANES[-1] or (lanes > 0 and words > SPARSE * entries)
+        return Work(op, "sorted", lanes) if short else Work(op, "marked")
+    if op.kind == "units":
+        return Work(op, "marked" if op["mask"] is None else "compacted")
+    if op.kind == "bits":
+        if op["mask"] is not None:
+            return Work(op, "transposed" if op["by_unit"] else "packed")
+        return Work(op, "bits") if op["indptr"] is None and not op["by_unit"] else None
+    if op.kind == "groups":
+        return Work(op, "groups") if op["mask"] is None else None
+    if op.kind == "extent":
+        return Work(op, "extent", 1 << (op["row_tile"] - 1).bit_length())
+    if op.kind == "diagonal_runs" and op["part"] == "starts":
+        lanes = next((lanes for lanes in LIST_LANES if entries <= lanes), LIST_LANES[-1])
+        return Work(op, "runs", lanes)
+    kinds = ("diagonal_bits", "documents", "capacity", "order", "rank", "splits")
+    return Work(op, op.kind) if op.kind in kinds else None
+
+
+def partner_of(op: Op, ops: Sequence[Op]) -> str:
+    """The table of the ends of the runs whose starts are `op`."""
+    wanted = {**dict(op.attrs), "name": "", "part": "ends"}
+    return next(
+        str(other["name"]) for other in ops if other.kind == op.kind and {**dict(other.attrs), "name": ""} == wanted
+    )
+
+
+def parameters(planning: Planning, entry: str) -> tuple[Parameter, ...]:
+    """The arguments of a rendered kernel, in order."""
+    works = planning.of(entry)
+    found = [*_call(planning)]
+    for slot in slots(planning, entry):
+        found += _tensor(slot)
+    for name in reads(planning) if entry == SPLIT else ():
+        found.append(Parameter(f"{name}_table", "*i32", changes=True))
+        found += (Parameter(f"{name}_table_{axis}", "i64") for axis in ("b", "h", "r"))
+        found += (Parameter(f"{name}_table_{size}", "i32") for size in ("rows", "cols"))
+    for work in works:
+        found += (Parameter(name, "*i32", changes=True) for name in (work.name, work.partner) if name)
+        if work.method in SCRATCH:
+            found += (Parameter(f"{work.name}_words", "*i32", changes=True), Parameter(f"{work.name}_step", "i32"))
+        found += (Parameter(f"{work.name}_{size}", "i32") for size in ("heads", "rows", "cols", "lists", "end"))
+    return tuple(found)
+
+
+def slots(planning: Planning, entry: str) -> tuple[Slot, ...]:
+    """The tensors of the pattern that a kernel reads."""
+    return tuple(dict.fromkeys(slot for work in planning.of(entry) for slot in work.slots))
+
+
+def _call(planning: Planning) -> Iterator[Parameter]:
+    if planning.kv_lengths:
+        yield Parameter("kv_lengths", "*index", changes=True)
+    if planning.q_offset != "default":
+        yield Parameter("q_offset", "*index" if planning.q_offset == "tensor" else "i32", changes=True)
+    yield from (Parameter(size, "i32") for size in ("q_len", "k_len", "n_heads", "group"))
+
+
+def _tensor(slot: Slot) -> Iterator[Parameter]:
+    name = f"data_{slot.index}"
+    pointer = {"int32": "*i32", "int64": "*i64"}.get(slot.dtype, "*u8")
+    yield Parameter(name, pointer, changes=True)
+    yield from (Parameter(f"{name}_{axis}", "i64") for axis in ("b", "h", "r"))
+    yield Parameter(f"{name}_c", "unit")
+    yield from (Parameter(f"{name}_{size}", "i32") for size in ("rows", "cols"))
+
+
+def split_reads(op: Op) -> frozenset[str]:
+    """The tables that a table of position bounds reads."""
+    return frozenset({str(op["units"])}).union(*map(tables, split_limits(op)))
+
+
+def reads(planning: Planning) -> tuple[str, ...]:
+    """The tables that `split` reads."""
+    return tuple(sorted({name for work in planning.of(SPLIT) for name in planning.read_by(work)}))
+
+
+def split_limits(op: Op) -> tuple[Expr, ...]:
+    """In units, which of them lie below each of a run's bounds; two bounds if the run is never whole, else four."""
+    unit = op["unit"]
+    found = []
+    for bound, up in _BOUNDS if op["exact"] else (_BOUNDS[0], _BOUNDS[3]):
+        column = op[bound] - op["base"]
+        if op["starts"]:
+            found.append(column if up else column - (unit - 1))
+        else:
+            found.append((column + (unit - 1 if up else 0)) // unit)
+    return tuple(found)
+
+
+def symbols(planning: Planning) -> dict[str, Any]:
+    """Every symbol of plan.py.jinja; its head comment says what they are."""
+    works = planning.works
+    bounds = [work for work in works if work.method == "splits"]
+    return {
+        "text": str(planning).rstrip("\n").split("\n"),
+        "entries": {entry: planning.of(entry) for entry in ENTRIES if planning.of(entry)},
+        "parameters": {entry: parameters(planning, entry) for entry in ENTRIES},
+        "slots": {entry: [slot.index for slot in slots(planning, entry)] for entry in ENTRIES},
+        "read": {COLLECT: (), SPLIT: reads(planning)},
+        "arguments": {work.name: _arguments(work, planning) for work in works},
+        "call": [parameter.name for parameter in _call(planning)],
+        "q_offset": planning.q_offset,
+        "kv_lengths": planning.kv_lengths,
+        "reads": {work.name: planning.read_by(work) for work in works},
+        "heads": {name: _HEADS[heads] for name, heads in planning.heads},
+        "limits": {work.name: _limits(work.op) for work in bounds},
+        "operations": {node.op for work in bounds for limit in split_limits(work.op) for node in walk(limit)},
+        "methods": {work.method for work in works},
+        "lanes": LANES,
+        "tiles": TILES,
+        "words": WORDS,
+    }
+
+
+_HEADS = {"one": "0", "kv": "hk", "q": "h"}
+
+
+def _arguments(work: Work, planning: Planning) -> list[str]:
+    """What the function of a table takes beside its program, the table and the call's scalars."""
+    data = [f"data_{slot.index}" for slot in work.slots] if work.method != "splits" else []
+    scratch = [f"{work.name}_words", f"{work.name}_step"] if work.method in SCRATCH else []
+    scratch += [work.partner] if work.partner else []
+    return [*data, *scratch, *(f"{name}_table" for name in planning.read_by(work))]
+
+
+def _limits(op: Op) -> list[Printed]:
+    names = {name: name for name in (*_RANGES, "q_offset")} | {name: f"{name}_table" for name in split_reads(op)}
+    return [print_expression(limit, names, _RANGES, f"limit_{number}") for number, limit in enumerate(split_limits(op))]

@@ -1,0 +1,123 @@
+"""Plans by kernels on a GPU, against tensor operations: every kind, long lists, CUDA graphs, other devices' streams."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spgen as sp
+from spgen.ir.node import Op
+from spgen.patterns import Pattern
+from spgen.tables import Builder
+from tests.kinds import KINDS, LENGTH
+from tests.lowering import Lengths
+from tests.plans import assert_same_tables, planned
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    lengths = torch.tensor([LENGTH, 70])
+    assert_same_tables(
+        KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, 2, kv_lengths=lengths, block_m=64, block_n=32), "cuda"
+    )
+    assert_same_tables(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, q_offset=3, block_m=128, block_n=64), "cuda")
+    offsets = torch.tensor([0, -7], dtype=torch.int32)
+    assert_same_tables(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, 2, q_offset=offsets, block_m=16), "cuda")
+
+
+def numbers(high: int, *shape: int) -> torch.Tensor:
+    return torch.randint(-3, high + 3, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+
+
+def _long() -> dict[str, tuple[Pattern, Lengths]]:
+    """Every way of making a table, with lists that fill several programs."""
+    n = 16384
+    call = Lengths(n, n, 8, 2, block_m=128, block_n=64)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand((8, n // 128, n // 128), generator=generator) < 0.3
+    fine = torch.rand((2, n // 32, n // 64), generator=generator) < 0.1
+    counts = torch.randint(0, 40, (8, n // 128), generator=generator)
+    indptr = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
+    entries = numbers(n // 128, 8, int(indptr.max()))
+    causal = sp.causal()
+    return {
+        "mask": (causal & sp.block(128, mask=mask), call),
+        "mask of small blocks": (causal & sp.block(32, 64, mask=fine), call),
+        "short lists": (causal & sp.block(128, indices=numbers(n // 128, 8, n // 128, 50)), call),
+        "long lists": (causal & sp.block(128, 16, indices=numbers(n // 16, 2, n // 128, 700)), call),
+        "lists of tokens": (causal & sp.top_k(numbers(n, 1, n // 4, 100), rows=4), call),
+        "compressed rows": (causal & sp.block(128, indptr=indptr, indices=entries), call),
+        "columns": (causal & sp.columns(numbers(n, 8, 1000)), call),
+        "many columns": (causal & sp.columns(numbers(n, 8, 3000)), call),
+        "columns of many": (sp.columns(numbers(2**18, 2, 900)), Lengths(256, 2**18, 2, 2, block_m=128, block_n=64)),
+        "offsets": (causal & sp.vertical_slash(numbers(n, 8, 1000), numbers(n, 2, 6000)), call),
+        "columns beside others": (
+            causal & (sp.window(100) | sp.columns(numbers(n, 40)) | sp.block(128, mask=mask)),
+            call,
+        ),
+    }
+
+
+LONG = _long()
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_long_lists(kind: str) -> None:
+    assert_same_tables(*LONG[kind], "cuda")
+
+
+def _again(builder: Builder, op: Op) -> torch.Tensor:
+    """A table by tensor operations."""
+    builder.heads[op["name"]] = op["heads"]
+    builder.tables[op["name"]] = builder.make(op)
+    return builder.tables[op["name"]]
+
+
+def test_plans_are_captured() -> None:
+    """New data take effect when the graph is replayed."""
+    made_by, builder, _ = planned(*LONG["mask"], "cuda")
+    made_by(builder)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tables = made_by(builder)
+    builder.data[0].copy_(torch.rand(builder.data[0].shape, device="cuda") < 0.5)
+    graph.replay()
+    for table, right in zip(tables, [_again(builder, op) for op in made_by.tables], strict=True):
+        assert torch.equal(table, right)
+
+
+def test_bitmaps_are_shared_by_many_lists() -> None:
+    """More lists than there are programs, so that each program's bitmap serves several."""
+    index = numbers(4096, 4, 4096, 300)
+    assert_same_tables(sp.top_k(index), Lengths(4096, 4096, 4, 4, block_m=1, block_n=64), "cuda")
+
+
+def test_streams_are_those_of_the_caller() -> None:
+    made_by, builder, wanted = planned(*LONG["columns"], "cuda")
+    made_by(builder)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**7)
+        builder.data[0].zero_()
+        tables = made_by(builder)
+    stream.synchronize()
+    units = next(t for op, t in zip(made_by.tables, tables, strict=True) if op.kind == "units")
+    assert (units[..., 0] == 0).all()
+    assert (units[..., 1:] == 2**31 - 1).all()
+    assert len(wanted) == len(tables)
+
+
+@pytest.mark.parametrize("kind", ["mask", "columns", "offsets"])
+def test_whole_calls_under_compile(kind: str) -> None:
+    pattern, call = LONG[kind]
+    attend = sp.attention(pattern.to("cuda"))
+    q = torch.randn(1, call.q_heads, call.q_len, 64, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(1, call.kv_heads, call.kv_len, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    eager = attend(q, k, v)
+    assert torch.equal(attend(q, k, v, plan=attend.plan(q, k)), eager)
+    compiled = torch.compile(
+        lambda q, k, v: attend(q, k, v, plan=attend.plan(q, k)), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(q, k, v), eager)

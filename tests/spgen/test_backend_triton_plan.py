@@ -1,0 +1,71 @@
+"""Plans by kernels without a GPU: binaries made ahead of time, and the interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spgen.backends.triton_binary import Specialised, compile_ahead
+from spgen.backends.triton_plan import Planner, planner, source_path
+from spgen.target import Target
+from spgen.templates.triton import plan
+from spgen.templates.triton.plan import ENTRIES, SPLIT, Planning
+from tests.kinds import KINDS, LENGTH
+from tests.lowering import Lengths, lowered_builder
+from tests.plans import planned
+
+CALL = Lengths(LENGTH, LENGTH, 4, 2, block_m=128, block_n=64)
+
+
+def test_agrees_with_tensor_operations_in_the_interpreter() -> None:
+    tests = Path(__file__).with_name("test_backend_triton_plan_interpreted.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    assert " passed" in result.stdout
+    assert "skipped" not in result.stdout
+
+
+def planning_of(kind: str) -> Planning:
+    """What the kernels of a kind make on a GPU."""
+    made_by, builder, _ = planned(KINDS[kind], CALL)
+    return made_by.planning(builder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch"), [("odd blocks", "sm_80"), ("vertical and slash", "sm_90"), ("documents", "gfx942")]
+)
+def test_compiles_ahead_of_time(kind: str, arch: str) -> None:
+    planning = planning_of(kind)
+    for entry in ENTRIES:
+        if not planning.of(entry):
+            continue
+        kinds = {"*index": "*i64", "unit": "constexpr"}
+        types = {p.name: kinds.get(p.type, p.type) for p in plan.parameters(planning, entry)}
+        constants = {name: 1 for name, kind in types.items() if kind == "constexpr"}
+        built = compile_ahead(Specialised(source_path(planning), entry, types, constants), Target.of(arch))
+        assert built.metadata.shared <= Target.of(arch).smem_bytes
+
+
+def test_what_no_kernel_makes_is_left_to_tensor_operations() -> None:
+    made = {work.name for work in planning_of("everything").works}
+    levels, builder = lowered_builder(KINDS["everything"], CALL)
+    assert made == set(builder.tables) - {op["name"] for op in levels.program.operands if op.kind == "constants"}
+
+
+def test_bounds_are_made_behind_what_they_read() -> None:
+    planning = planning_of("lists")
+    assert {work.op.kind for work in planning.of(SPLIT)} == {"splits", "groups"}
+    assert set(plan.reads(planning)) <= {work.name for work in planning.works}
+
+
+def test_a_program_has_one_planner() -> None:
+    levels, _ = lowered_builder(KINDS["blocks"], CALL)
+    first = planner(levels.program, Target.of("sm_90"))
+    assert isinstance(first, Planner)
+    assert planner(levels.program, Target.of("sm_90")) is first

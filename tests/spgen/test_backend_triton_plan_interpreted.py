@@ -1,0 +1,82 @@
+"""Plans by kernels in Triton's interpreter, against tensor operations: in a process of their own (TRITON_INTERPRET=1).
+
+Started by test_backend_triton_plan.py; the interpreter changes Triton for the rest of its process.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import spgen as sp
+from spgen.settings import triton_interpreted
+from spgen.templates.triton import plan
+from tests.kinds import KINDS, LENGTH
+from tests.lowering import Lengths
+from tests.plans import assert_same_tables, planned
+from tests.strategies import calls, patterns_of
+
+pytestmark = pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1")
+
+
+@pytest.fixture
+def few_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's sort takes seconds for long lists."""
+    monkeypatch.setattr(plan, "LIST_LANES", (8, 16, 32))
+
+
+@pytest.mark.usefixtures("few_lanes")
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    lengths = torch.tensor([LENGTH, 70])
+    call = Lengths(LENGTH, LENGTH, 4, 2, 2, kv_lengths=lengths, block_m=64, block_n=32)
+    assert_same_tables(KINDS[kind], call)
+
+
+@settings(max_examples=8)
+@given(st.data())
+def test_any_pattern(data: st.DataObject) -> None:
+    call = data.draw(calls())
+    per_sequence = st.lists(st.integers(-2, call.kv_len + 2), min_size=call.batch, max_size=call.batch)
+    tensors = st.builds(torch.tensor, per_sequence, dtype=st.sampled_from([torch.int32, torch.int64]))
+    lengths = Lengths(
+        call.q_len, call.kv_len, call.q_heads, call.kv_heads, call.batch,
+        q_offset=data.draw(st.one_of(st.none(), st.integers(-3, 9), tensors)),
+        kv_lengths=data.draw(st.one_of(st.none(), tensors)),
+        block_m=data.draw(st.sampled_from([2, 4, 16])), block_n=data.draw(st.sampled_from([2, 8, 16])),
+    )  # fmt: skip
+    assert_same_tables(data.draw(patterns_of(call)), lengths)
+
+
+LISTS = {  # (entries of a list, keys, blocks of columns): each way of making a list
+    "sorted": (13, 5000, 1), "marked": (70, 5000, 1), "marked, of few units": (30, 5000, 64),
+    "sorted, of many units": (30, 70000, 1),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("few_lanes")
+@pytest.mark.parametrize("kind", LISTS)
+def test_long_lists(kind: str) -> None:
+    entries, keys, cols = LISTS[kind]
+    index = torch.randint(-3, keys // cols + 3, (2, entries), dtype=torch.int32)
+    pattern = sp.columns(index) if cols == 1 else sp.block(64, cols, indices=index[:, None].contiguous())
+    call = Lengths(64, keys, 2, 2, block_m=64, block_n=64)
+    made_by = assert_same_tables(pattern, call)
+    _, builder, _ = planned(pattern, call)
+    assert made_by.planning(builder).works[0].method == kind.partition(",")[0]
+
+
+@pytest.mark.usefixtures("few_lanes")
+def test_more_offsets_than_are_sorted_together() -> None:
+    offsets = torch.randint(-5, 600, (100,))
+    assert_same_tables(sp.causal() & sp.diagonals(offsets), Lengths(70, 600, block_m=64, block_n=32))
+
+
+def test_strided_data() -> None:
+    mask = torch.rand(40, 2, 80) < 0.3
+    index = torch.randint(0, 90, (5, 40, 2))
+    call = Lengths(80, 80, 2, 2, block_m=16, block_n=16)
+    assert_same_tables(sp.block(2, 1, mask=mask.transpose(0, 1)), call)
+    assert_same_tables(sp.top_k(index.permute(2, 1, 0), rows=2), call)
