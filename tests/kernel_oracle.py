@@ -254,9 +254,9 @@ def _operations(tables: Mapping[str, torch.Tensor]) -> dict[str, Callable[..., A
         return found
 
     def word(table: str, row: Any, x: Any) -> Any:
+        places = torch.arange(32)
         row, x = torch.broadcast_tensors(torch.as_tensor(row), torch.as_tensor(x))
-        ones = [bit(table, row, x + n).long() << n for n in range(32)]
-        total = torch.stack(ones).sum(0)
+        total = (bit(table, row[..., None], x[..., None] + places).long() << places).sum(-1)
         return torch.where(total >= 2**31, total - 2**32, total)
 
     def count_le(table: str, row: Any, x: Any) -> Any:
