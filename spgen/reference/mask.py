@@ -101,7 +101,7 @@ def mask(
     if device is None:
         device = pattern.data[0].device if pattern.data else "cpu"
     device = torch.device(device)
-    lengths = _per_sequence("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, device)
+    lengths = _per_sequence("kv_lengths", kv_len if kv_lengths is None else kv_lengths, batch, device).clamp(0, kv_len)
     own_rows = _per_sequence("q_lengths", q_len if q_lengths is None else q_lengths, batch, device)
     offsets = lengths - own_rows if q_offset is None else _per_sequence("q_offset", q_offset, batch, device)
     data = tuple(tensor.detach().to(device) for tensor in pattern.data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-import spgen
 from spgen.settings import override
 from tests.fuzz import campaign
 from tests.fuzz.cases import case
@@ -25,7 +25,7 @@ def main(
     cases: Annotated[int, typer.Option(help="How many cases; eight in a row share a kernel.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which sequence of cases.")] = 0,
     first: Annotated[int, typer.Option(help="The first case, to go on where a campaign ended.")] = 0,
-    jobs: Annotated[int, typer.Option(help="Worker processes.")] = 1,
+    jobs: Annotated[int, typer.Option(help="Worker processes; 0: none, for debuggers and sanitizers.")] = 1,
     time: Annotated[float, typer.Option(help="No case starts after so many seconds.")] = 600,
     shrink: Annotated[float, typer.Option(help="Seconds to make a failing case small; 0: not at all.")] = 60,
     replay: Annotated[str, typer.Option("--case", help="SEED:N, that case alone.")] = "",
@@ -37,8 +37,6 @@ def main(
     if replay:
         raise typer.Exit(_replay(replay, backend, shrink))
     result = _run(backend, seed, cases, first, jobs, time, shrink)
-    for failure in result.failures:
-        print(failure)
     summary = f"{result.cases} cases of {result.groups} kernels, {len(result.failures)} failed"
     _console.print(f"{backend}, seed {seed}: {summary}, {result.seconds:.0f} s")
     if record is not None:
@@ -51,11 +49,20 @@ def _run(
 ) -> campaign.Result:  # fmt: skip
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"), TimeElapsedColumn())
     with Progress(*columns, console=_console) as bar:
-        task = bar.add_task("cases", total=cases, failed=0)
+        task, shown = bar.add_task("cases", total=cases, failed=0), 0
+
+        def progress(result: campaign.Result) -> None:
+            nonlocal shown
+            for failure in result.failures[shown:]:
+                print(failure, flush=True)
+            shown = len(result.failures)
+            bar.update(task, completed=result.cases, failed=shown)
+            if not _console.is_terminal and result.groups % 50 == 0:
+                _console.print(f"{result.cases} of {cases} cases, {shown} failed, {result.seconds:.0f} s")
+
         return campaign.run(
-            backend, seed, cases, first=first, jobs=jobs, seconds=seconds, shrinking=shrinking,
-            progress=lambda result: bar.update(task, completed=result.cases, failed=len(result.failures)),
-        )  # fmt: skip
+            backend, seed, cases, first=first, jobs=jobs, seconds=seconds, shrinking=shrinking, progress=progress
+        )
 
 
 def _replay(which: str, backend: str, shrinking: float) -> int:
@@ -81,10 +88,17 @@ def _cache() -> Path:
     return Path(directory)
 
 
+def _version() -> str:
+    try:
+        return importlib.metadata.version("spgen")
+    except importlib.metadata.PackageNotFoundError:
+        return "a checkout"
+
+
 def _add(record: Path, result: campaign.Result, first: int) -> None:
     """Adds a campaign to a record; how failures were resolved is written by hand."""
     entry: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "version": spgen.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "version": _version(),
         "backend": result.backend, "seed": result.seed, "first": first, "cases": result.cases,
         "kernels": result.groups, "failed": [failure.number for failure in result.failures],
     }  # fmt: skip

@@ -7,6 +7,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -88,19 +89,26 @@ def _work(pipe: Connection, backend: str, seed: int, threads: int, cache: str, s
 
     os.nice(19)
     torch.set_num_threads(threads)
-    with override(cache_dir=Path(cache)):
+    with override(cache_dir=Path(cache)), suppress(EOFError, BrokenPipeError):  # whoever started it may be gone
         for group in iter(pipe.recv, None):
-            failures: list[Failure] = []
-            for number in range(group * VARIANTS, (group + 1) * VARIANTS):
-                pipe.send(number)
-                message = _tried(seed, number, backend)
-                if message and shrinking and not failures and "CUDA" not in message:
-                    failures.append(shrunk(seed, number, message, backend, shrinking))
-                elif message:
-                    failures.append(Failure(seed, number, message))
+            failures = list(_run_group(backend, seed, group, shrinking, pipe.send))
             pipe.send(failures)
             if any("CUDA" in failure.message for failure in failures):
                 return  # the device's context may be lost
+
+
+def _run_group(
+    backend: str, seed: int, group: int, shrinking: float, begin: Callable[[int], None]
+) -> Iterator[Failure]:  # fmt: skip
+    """The failures of a group; the first one is shrunk."""
+    for number in range(group * VARIANTS, (group + 1) * VARIANTS):
+        begin(number)
+        message = _tried(seed, number, backend)
+        if message and shrinking and "CUDA" not in message:
+            yield shrunk(seed, number, message, backend, shrinking)
+            shrinking = 0
+        elif message:
+            yield Failure(seed, number, message)
 
 
 def _tried(seed: int, number: int, backend: str) -> str:
@@ -115,9 +123,21 @@ def run(
     backend: str, seed: int, cases: int, *, first: int = 0, jobs: int = 1, threads: int = 2, seconds: float = 600,
     shrinking: float = 60, progress: Callable[[Result], None] = lambda result: None,
 ) -> Result:  # fmt: skip
-    """Runs cases `first` … of a seed, whole groups of VARIANTS, until there are `cases` or the time is up."""
+    """Runs cases `first` … of a seed, whole groups of VARIANTS, until there are `cases` or the time is up.
+
+    Without `jobs` they run in this process, as debuggers and sanitizers want it, with the cache that it has.
+    """
     result, started = Result(backend, seed), time.monotonic()
     groups = iter(range(first // VARIANTS, -(-(first + cases) // VARIANTS)))
+    if not jobs:
+        for group in groups:
+            if time.monotonic() > started + seconds:
+                break
+            result.failures += _run_group(backend, seed, group, shrinking, lambda number: None)
+            result.groups, result.cases = result.groups + 1, result.cases + VARIANTS
+            result.seconds = time.monotonic() - started
+            progress(result)
+        return result
     with tempfile.TemporaryDirectory() as cache:
         pool = _Pool((backend, seed, threads, cache, shrinking))
         try:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spgen.data import places, role_of
 from spgen.errors import SpgenError
 from spgen.ir.node import Op, rewrite, walk
+from spgen.ir.pattern import PATTERN
 from spgen.patterns import Pattern
 from tests.fuzz.cases import Case
 from tests.fuzz.data import fitted
@@ -82,8 +83,8 @@ def _simpler_nodes(root: Op) -> Iterator[Op]:
             yield _replaced(root, op, operand)
     for op in walk(root):
         if not op.operands and op.kind not in ("dense", "causal"):
-            yield _replaced(root, op, Op("pattern.dense"))
-            yield _replaced(root, op, Op("pattern.causal"))
+            yield _replaced(root, op, PATTERN.make("dense"))
+            yield _replaced(root, op, PATTERN.make("causal"))
 
 
 def _replaced(root: Op, old: Op, new: Op) -> Op:
