@@ -88,3 +88,16 @@ def _unpacked(pairs: torch.Tensor, call: Lengths) -> torch.Tensor:
         padded[b, :, : row_end - row, : key_end - key] = pairs[:, row:row_end, key:key_end]
     assert padded.sum() == pairs.sum(), "a pair that belongs to no sequence"
     return padded
+
+
+def wanted_pairs(pattern: Pattern, call: Lengths) -> torch.Tensor:
+    """The oracle's mask; of a packed batch that of the padded one, without the rows that do not exist."""
+    heads = {"q_heads": call.q_heads, "kv_heads": call.kv_heads}
+    if call.cu_q is None or call.cu_k is None:
+        options = {"q_offset": call.q_offset, "kv_lengths": call.kv_lengths}
+        return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
+    rows, keys = call.cu_q.diff(), call.cu_k.diff()
+    lengths = keys if call.kv_lengths is None else torch.minimum(keys, call.kv_lengths.clamp(min=0))
+    offset = lengths - rows if call.q_offset is None else call.q_offset
+    options = {"q_offset": offset, "kv_lengths": lengths, "q_lengths": rows}
+    return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)

@@ -26,6 +26,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Which sequence of cases.")] = 0,
     first: Annotated[int, typer.Option(help="The first case, to go on where a campaign ended.")] = 0,
     jobs: Annotated[int, typer.Option(help="Worker processes; 0: none, for debuggers and sanitizers.")] = 1,
+    threads: Annotated[int, typer.Option(help="Threads of each process.")] = 2,
     time: Annotated[float, typer.Option(help="No case starts after so many seconds.")] = 600,
     shrink: Annotated[float, typer.Option(help="Seconds to make a failing case small; 0: not at all.")] = 60,
     replay: Annotated[str, typer.Option("--case", help="SEED:N, that case alone.")] = "",
@@ -36,7 +37,7 @@ def main(
         raise typer.BadParameter(f"{backend!r}: one of {', '.join(BACKENDS)}", param_hint="--backend")
     if replay:
         raise typer.Exit(_replay(replay, backend, shrink))
-    result = _run(backend, seed, cases, first, jobs, time, shrink)
+    result = _run(backend, seed, cases, first, jobs, threads, time, shrink)
     summary = f"{result.cases} cases of {result.groups} kernels, {len(result.failures)} failed"
     _console.print(f"{backend}, seed {seed}: {summary}, {result.seconds:.0f} s")
     if record is not None:
@@ -45,7 +46,7 @@ def main(
 
 
 def _run(
-    backend: str, seed: int, cases: int, first: int, jobs: int, seconds: float, shrinking: float
+    backend: str, seed: int, cases: int, first: int, jobs: int, threads: int, seconds: float, shrinking: float
 ) -> campaign.Result:  # fmt: skip
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[failed]} failed"), TimeElapsedColumn())
     with Progress(*columns, console=_console) as bar:
@@ -61,7 +62,15 @@ def _run(
                 _console.print(f"{result.cases} of {cases} cases, {shown} failed, {result.seconds:.0f} s")
 
         return campaign.run(
-            backend, seed, cases, first=first, jobs=jobs, seconds=seconds, shrinking=shrinking, progress=progress
+            backend,
+            seed,
+            cases,
+            first=first,
+            jobs=jobs,
+            threads=threads,
+            seconds=seconds,
+            shrinking=shrinking,
+            progress=progress,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 import traceback
@@ -87,7 +86,6 @@ def _work(pipe: Connection, backend: str, seed: int, threads: int, cache: str, s
 
     from spgen.settings import override
 
-    os.nice(19)
     torch.set_num_threads(threads)
     with override(cache_dir=Path(cache)), suppress(EOFError, BrokenPipeError):  # whoever started it may be gone
         for group in iter(pipe.recv, None):
@@ -221,10 +219,8 @@ class _Pool:
     def _end(self, worker: _Worker) -> None:
         if worker in self._workers:
             self._workers.remove(worker)
-        try:
+        with suppress(OSError, ValueError):
             worker.pipe.send(None)
-        except (OSError, ValueError):
-            pass
         worker.process.join(timeout=10)
         if worker.process.is_alive():
             worker.process.kill()

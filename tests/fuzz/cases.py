@@ -24,6 +24,7 @@ HEADS = ((1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (4, 1), (6, 3), (7, 1), (8, 1))
 DIMS = (16, 16, 32, 64, 64, 128, 80, 96, 192, 256, 1, 5, 17, 33, 72, 100)
 DTYPES = ("float32", "float32", "bfloat16", "float16")
 LAYOUTS = ("contiguous", "contiguous", "transposed", "padded", "strided")
+BIASES = ("none",) * 4 + ("key", "alibi")
 _ROW_KINDS = ("any", "any", "short", "one")
 
 
@@ -106,7 +107,7 @@ def _first(rng: Random) -> Case:
     fixed: dict[str, Any] = {
         "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "packed": packed,
         "value_dim": head_dim if rng.randint(0, 2) else rng.choice(DIMS), "dtype": rng.choice(DTYPES),
-        "layout": rng.choice(LAYOUTS), "sinks": rng.randint(0, 4) == 0, "bias": rng.choice(["none"] * 4 + ["key", "alibi"]),
+        "layout": rng.choice(LAYOUTS), "sinks": rng.randint(0, 4) == 0, "bias": rng.choice(BIASES),
         "softcap": rng.choice([None, None, None, 5.0]), "scale": rng.choice([None] * 6 + [0.0, -0.2, 0.3, -1.0]),
         "q_offset": rng.choice([None, None, 0, (0,)]), "kv_lengths": rng.choice([None, None, ()]),
     }  # fmt: skip

@@ -21,7 +21,7 @@ from spgen.attend import Alibi
 from spgen.compile import _query_head_matters
 from spgen.errors import PlanError
 from tests.fuzz.cases import Case, Tensors, tensors_of
-from tests.lowering import Lengths, lowered_pairs
+from tests.lowering import Lengths, lowered_pairs, wanted_pairs
 
 BACKENDS = ("none", "cpu", "gpu")
 _ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -76,19 +76,6 @@ def lengths_of(case: Case) -> Lengths:
         options.get("kv_lengths"), options.get("cu_seqlens_q"), options.get("cu_seqlens_k"), block_m, block_n,
         pack=may_pack and case.seed % 3 > 0,
     )  # fmt: skip
-
-
-def wanted_pairs(pattern: sp.Pattern, call: Lengths) -> Tensor:
-    """The oracle's mask; of a packed batch that of the padded one, without the rows that do not exist."""
-    heads = {"q_heads": call.q_heads, "kv_heads": call.kv_heads}
-    if call.cu_q is None or call.cu_k is None:
-        options = {"q_offset": call.q_offset, "kv_lengths": call.kv_lengths}
-        return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
-    rows, keys = call.cu_q.diff(), call.cu_k.diff()
-    lengths = keys if call.kv_lengths is None else torch.minimum(keys, call.kv_lengths.clamp(min=0))
-    offset = lengths - rows if call.q_offset is None else call.q_offset
-    options = {"q_offset": offset, "kv_lengths": lengths, "q_lengths": rows}
-    return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
 
 
 # -- on a backend --------------------------------------------------------------------------------------------------
@@ -213,7 +200,9 @@ def _farthest(case: Case) -> int:
 def _compare(out: Tensor, lse: Tensor, wanted: _Wanted) -> None:
     _require(out.shape == wanted.out.shape and lse.shape == wanted.lse.shape, f"shapes {out.shape}, {lse.shape}")
     _require((out[wanted.empty] == 0).all(), "a row without keys is not 0")
-    _require(torch.equal(lse.isneginf(), wanted.lse.isneginf()), "log-sum-exps are -inf in other rows than the oracle's")
+    _require(
+        torch.equal(lse.isneginf(), wanted.lse.isneginf()), "log-sum-exps are -inf in other rows than the oracle's"
+    )
     _within_error("output", out.double(), wanted.out, wanted.out_error)
     some = ~wanted.lse.isneginf()
     _within_error("log-sum-exp", lse.double()[some], wanted.lse[some], wanted.lse_error[some])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -44,10 +45,8 @@ def shrink(case: Case, fails: Callable[[Case], bool], seconds: float = 60) -> Ca
 def _smaller(case: Case) -> Iterator[Case]:
     """Simpler cases, the boldest first; what does not fit together is left out."""
     for candidate in _candidates(case):
-        try:
+        with suppress(SpgenError):
             yield candidate()
-        except SpgenError:
-            continue
 
 
 def _candidates(case: Case) -> Iterator[Callable[[], Case]]:
@@ -60,10 +59,11 @@ def _candidates(case: Case) -> Iterator[Callable[[], Case]]:
     if case.batch > 1:
         for b in range(case.batch):
             yield lambda b=b: _one_sequence(case, b)  # type: ignore[misc]
-    if case.q_heads > 1:
-        yield lambda: _heads(case, 1, 1)
-        yield lambda: _heads(case, case.q_heads // case.kv_heads, 1)
-        yield lambda: _heads(case, case.kv_heads, case.kv_heads)
+    elif case.packed:
+        yield lambda: replace(case, packed=False, margins=(0, 0))
+    for heads in ((1, 1), (case.q_heads // case.kv_heads, 1), (case.kv_heads, case.kv_heads)):
+        if heads != (case.q_heads, case.kv_heads):
+            yield lambda heads=heads: _heads(case, *heads)  # type: ignore[misc]
     for part in (2, 4, 8, 16, 64):  # ever smaller cuts
         for axis in ("rows", "keys"):
             lengths = getattr(case, axis)

@@ -15,7 +15,7 @@ from spgen.compile import _query_head_matters
 from spgen.errors import UnsupportedError
 from spgen.ir.kernel import parts
 from spgen.patterns import Pattern
-from tests.lowering import Lengths, lowered_builder, lowered_pairs
+from tests.lowering import Lengths, lowered_builder, lowered_pairs, wanted_pairs
 from tests.strategies import patterns
 
 TILES = st.sampled_from([(8, 8), (16, 8), (8, 16), (16, 16)])
@@ -55,19 +55,6 @@ def _may_pack(draw: st.DrawFn, pattern: Pattern, call: Lengths) -> bool:
 def test_lowered_pairs_are_the_oracles(case: tuple[Pattern, Lengths]) -> None:
     pattern, call = case
     assert torch.equal(lowered_pairs(pattern, call), wanted_pairs(pattern, call))
-
-
-def wanted_pairs(pattern: Pattern, call: Lengths) -> torch.Tensor:
-    """The oracle's mask; of a packed batch that of the padded one, without the rows that do not exist."""
-    heads = {"q_heads": call.q_heads, "kv_heads": call.kv_heads}
-    if call.cu_q is None or call.cu_k is None:
-        options = {"q_offset": call.q_offset, "kv_lengths": call.kv_lengths}
-        return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
-    rows, keys = call.cu_q.diff(), call.cu_k.diff()
-    lengths = keys if call.kv_lengths is None else torch.minimum(keys, call.kv_lengths.clamp(min=0))
-    offset = lengths - rows if call.q_offset is None else call.q_offset
-    options = {"q_offset": offset, "kv_lengths": lengths, "q_lengths": rows}
-    return pattern.mask(call.q_len, call.kv_len, **heads, batch=call.batch, **options)
 
 
 @st.composite

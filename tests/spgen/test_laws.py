@@ -9,7 +9,8 @@ from torch import Tensor
 
 import spgen as sp
 from spgen.patterns import Pattern
-from tests.strategies import Call, calls, mask_of, patterns_of
+from tests.fuzz.data import Call
+from tests.strategies import calls, mask_of, orders, patterns_of
 
 FEW = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -88,11 +89,11 @@ def test_identity_permutation(case: tuple[Call, tuple[Pattern, ...]]) -> None:
 def test_permutations_compose_and_distribute(data: st.DataObject) -> None:
     call = data.draw(calls())
     p, q = (data.draw(patterns_of(call, max_leaves=2, covered=False)) for _ in range(2))
-    order = data.draw(call.orders(call.kv_len))
+    order = data.draw(orders(call, call.kv_len))
     inverse = order.argsort(-1)
     assert same(call, p, sp.permuted(sp.permuted(p, k=order), k=inverse))
     assert same(call, sp.permuted(p & ~q, k=order), sp.permuted(p, k=order) & ~sp.permuted(q, k=order))
-    rows = data.draw(call.orders(call.q_len))
+    rows = data.draw(orders(call, call.q_len))
     assert same(call, sp.permuted(p, q=rows, k=order), sp.permuted(sp.permuted(p, k=order), q=rows))
 
 

@@ -7,14 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
 
 import spgen as sp
 from spgen import reference
 from spgen.errors import DataError, PatternError, PlanError, ShapeError
 from tests.agreement import assert_agrees
 from tests.kinds import KINDS, LENGTH
-from tests.strategies import patterns
 
 STREAMING = KINDS["streaming"]
 TOLERANCE = 1e-5
@@ -78,13 +76,6 @@ def test_layouts_are_kept() -> None:
     out = sp.attention(STREAMING)(q, k, v, **boundaries)
     assert out.stride(0) < out.stride(1)
     torch.testing.assert_close(out, sp.attention(STREAMING)(*(x.contiguous() for x in (q, k, v)), **boundaries))
-
-
-@settings(max_examples=25, deadline=None)
-@given(patterns(q_len=30, kv_len=25, q_heads=4, kv_heads=2, batch=3, rows=(30, 0, 13)))
-def test_random_patterns(pattern: sp.Pattern) -> None:
-    tensors, boundaries = packed([30, 0, 13], [25, 9, 20])
-    assert_agrees(pattern, *tensors, tolerance=TOLERANCE, **boundaries)
 
 
 @pytest.mark.parametrize("kind", ["streaming", "blocks", "vertical and slash", "permuted", "documents"])

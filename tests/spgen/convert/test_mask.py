@@ -15,8 +15,8 @@ import spgen as sp
 from spgen.errors import DataError, DtypeError, ShapeError
 from spgen.patterns import Pattern
 from spgen.reference import attention as oracle
-from tests.strategies import Call as Sizes
-from tests.strategies import algebra, closed_forms
+from tests.fuzz.data import Call as Sizes
+from tests.strategies import closed_forms
 
 CLOSED = [
     sp.dense(),
@@ -113,7 +113,7 @@ def test_any_mask(seed: int, rows: int, cols: int, density: float) -> None:
 @given(st.data())
 def test_the_mask_of_any_closed_form(data: st.DataObject) -> None:
     call = data.draw(st.sampled_from([Sizes(17, 17), Sizes(9, 21), Sizes(21, 9, 2, 2)]))
-    pattern = data.draw(algebra(closed_forms(call), 3))
+    pattern = data.draw(closed_forms(call, 3))
     mask = pattern.mask(call.q_len, call.kv_len, q_heads=call.q_heads)
     assert torch.equal(sp.from_mask(mask).mask(call.q_len, call.kv_len, q_heads=call.q_heads), mask)
 
