@@ -37,6 +37,8 @@ class Disagreement(AssertionError):
 
 def check(case: Case, backend: str = "cpu") -> None:
     """Raises Disagreement, or whatever the compiler raises, unless the case is as the oracle says on `backend`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{backend!r} is none of {BACKENDS}")
     if backend == "none":
         _check_pairs(case)
     else:
