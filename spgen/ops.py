@@ -16,10 +16,11 @@ from torch import Tensor
 
 from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
 from spgen.compile import Compiled, Request, compiled, is_packed, lowered, planner_of
-from spgen.errors import GradientError, PlanError
+from spgen.errors import CompileError, GradientError, PlanError
 from spgen.ir.node import Op
 from spgen.ir.tiles import table_ops
 from spgen.passes.schedule import Call
+from spgen.settings import logger, settings
 from spgen.tables import Builder
 from spgen.target import Target
 
@@ -181,7 +182,16 @@ def _builder(arguments: Arguments, request: Request) -> Builder:
 def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]] | None:
     """What makes the tables of such calls with kernels: a function of data, q_offset and kv_lengths."""
     planner = None if arguments.packed else planner_of(program, request.target)
-    return None if planner is None else planner.ready(_builder(arguments, request))
+    if planner is None:
+        return None
+    try:
+        return planner.ready(_builder(arguments, request))  # type: ignore[no-any-return]
+    except CompileError:
+        if not settings().no_compile:
+            raise
+        # `spgen compile` does not know how long the lists will be; tensor operations make the same tables
+        logger().info("no planning kernel of %s is in the cache: its tables are made by torch", request.pattern)
+        return None
 
 
 def _check_tiles(done: Compiled) -> None:

@@ -8,7 +8,6 @@ import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import torch
@@ -100,14 +99,14 @@ class Plan:
             "checksum": _checksum(tables), "tables": tables,
         }  # fmt: skip
         target = Path(path)
-        with NamedTemporaryFile(dir=target.parent, delete=False) as file:
-            try:
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            with partial.open("wb") as file:
                 torch.save(content, file)
-                file.close()
-                Path(file.name).replace(target)
-            except BaseException:
-                Path(file.name).unlink()
-                raise
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str | None = None) -> Plan:

@@ -12,8 +12,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-def test_the_snippets_run() -> None:
+def test_the_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tvm_ffi")
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for number, snippet in enumerate(SNIPPETS):
         exec(compile(snippet, f"README.md, snippet {number + 1}", "exec"), namespace)

@@ -8,9 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import spgen as sp
 from spgen.backends.triton_binary import Specialised, compile_ahead
 from spgen.backends.triton_plan import Planner, planner, source_path
+from spgen.errors import CompileError
+from spgen.settings import override
+from spgen.tables import Builder
 from spgen.target import Target
 from spgen.templates.triton import plan
 from spgen.templates.triton.plan import ENTRIES, SPLIT, Planning
@@ -62,6 +67,24 @@ def test_bounds_are_made_behind_what_they_read() -> None:
     planning = planning_of("lists")
     assert {work.op.kind for work in planning.of(SPLIT)} == {"splits", "groups"}
     assert set(plan.reads(planning)) <= {work.name for work in planning.works}
+
+
+class Refusing:
+    """A planner whose kernels are not in the cache."""
+
+    def ready(self, builder: Builder) -> None:
+        raise CompileError("kernel", given="one that is not in the cache")
+
+
+def test_torch_makes_the_tables_where_compiling_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = torch.zeros(1, 4, LENGTH, 16), torch.zeros(1, 2, LENGTH, 16)
+    attend = sp.attention(KINDS["blocks"])
+    wanted = attend.plan(q, k).tables
+    monkeypatch.setattr("spgen.ops.planner_of", lambda *_: Refusing())
+    with override(no_compile=True):
+        assert all(torch.equal(a, b) for a, b in zip(attend.plan(q, k).tables, wanted, strict=True))
+    with pytest.raises(CompileError):
+        attend.plan(q, k)
 
 
 def test_a_program_has_one_planner() -> None:
