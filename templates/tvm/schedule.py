@@ -113,5 +113,5 @@ def scratch_size(kernel: Op, target: Target) -> int:
     columns = -(-kernel["block_n"] // rows) * rows
     dims = kernel["head_dim"] + kernel["value_dim"]
     # pairs need less than what is widened
-    staged = 0 if kernel["dtype"] == "float32" else columns * dims
+    staged = 0 if kernel["dtype"] == "float32" else rows * kernel["head_dim"] + kernel["block_n"] * kernel["value_dim"]
     return int((dims + columns) * kernel["block_m"] + staged)
