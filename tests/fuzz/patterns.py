@@ -116,10 +116,11 @@ class Draw:
 
     def _block(self) -> Pattern:
         rng, call = self.rng, self.call
-        rows, cols = rng.choice(SIZES), rng.choice(SIZES)
+        form = rng.choice(["mask", "lists", "csr", "top_k", "top_k"])
+        tokens = form == "top_k" and rng.randint(0, 1)  # each row has its own list, of single keys
+        rows, cols = (1, 1) if tokens else (rng.choice(SIZES), rng.choice(SIZES))
         tiles = -(-call.q_len // rows), -(-call.kv_len // cols)
         shape = data.leading(rng, call)
-        form = rng.choice(["mask", "lists", "csr", "top_k"])
         if form == "mask":
             return sp.block(rows, cols, mask=data.random_mask(rng, (*shape, *tiles), self._mask_dtype()))
         dtype = data.integer_dtype(rng)
