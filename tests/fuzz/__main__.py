@@ -21,7 +21,9 @@ _console = Console(stderr=True)
 
 
 def main(
-    backend: Annotated[str, typer.Option(help="none (kernels are interpreted), cpu or gpu.")] = "cpu",
+    backend: Annotated[
+        str, typer.Option(help="none (level 3 is interpreted), cpu, gpu, or interpreter (Triton's).")
+    ] = "cpu",
     cases: Annotated[int, typer.Option(help="How many cases; eight in a row share a kernel.")] = 1000,
     seed: Annotated[int, typer.Option(help="Which sequence of cases.")] = 0,
     first: Annotated[int, typer.Option(help="The first case, to go on where a campaign ended.")] = 0,
@@ -79,6 +81,7 @@ def _replay(which: str, backend: str, shrinking: float) -> int:
     if not (seed.isdigit() and number.isdigit()):
         raise typer.BadParameter(f"{which!r}: SEED:N, such as 0:17", param_hint="--case")
     print(case(int(seed), int(number)))
+    campaign.prepare(backend)
     with override(cache_dir=_cache()):
         message = campaign.run_case(case(int(seed), int(number)), backend)
         if message and shrinking:

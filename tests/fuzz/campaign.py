@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import traceback
@@ -52,6 +53,12 @@ class _Worker:
     number: int | None = None  # the case it works on
     since: float = 0.0
     groups: int = 0
+
+
+def prepare(backend: str) -> None:
+    """Sets what Triton reads when it is imported, here and in the processes started from here."""
+    if backend == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def run_case(one: Case, backend: str) -> str:
@@ -126,6 +133,7 @@ def run(
     Without `jobs` they run in this process, as debuggers and sanitizers want it, with the cache that it has.
     """
     result, started = Result(backend, seed), time.monotonic()
+    prepare(backend)
     groups = iter(range(first // VARIANTS, -(-(first + cases) // VARIANTS)))
     if not jobs:
         for group in groups:

@@ -20,10 +20,11 @@ from spgen import reference
 from spgen.attend import Alibi
 from spgen.compile import _query_head_matters
 from spgen.errors import PlanError
+from spgen.settings import override
 from tests.fuzz.cases import Case, Tensors, tensors_of
 from tests.lowering import Lengths, lowered_pairs, wanted_pairs
 
-BACKENDS = ("none", "cpu", "gpu")
+BACKENDS = ("none", "cpu", "gpu", "interpreter")
 _ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _SMALLEST = {torch.float32: 2.0**-126, torch.float16: 2.0**-25, torch.bfloat16: 2.0**-126}  # what may become 0
 # Tensor cores cut sums off instead of rounding them, and three products of tf32 leave out 2**-22 of a product.
@@ -36,11 +37,19 @@ class Disagreement(AssertionError):
 
 
 def check(case: Case, backend: str = "cpu") -> None:
-    """Raises Disagreement, or whatever the compiler raises, unless the case is as the oracle says on `backend`."""
+    """Raises Disagreement, or whatever the compiler raises, unless the case is as the oracle says on `backend`.
+
+    "interpreter" is Triton's, with TRITON_INTERPRET=1 in the environment; it multiplies the bits of bfloat16 as
+    integers, so these cases run in float16 there.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"{backend!r} is none of {BACKENDS}")
     if backend == "none":
         _check_pairs(case)
+    elif backend == "interpreter":
+        case = replace(case, dtype="float16") if case.dtype == "bfloat16" else case
+        with override(backend="triton"):
+            _check_call(case, tensors_of(case), "cpu")
     else:
         _check_call(case, tensors_of(case), "cuda" if backend == "gpu" else "cpu")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +115,11 @@ def test_shrinking() -> None:
 def test_campaigns(jobs: int) -> None:
     result = campaign.run("none", 0, VARIANTS, first=VARIANTS, jobs=jobs, threads=1, seconds=600)
     assert (result.cases, result.groups, result.failures) == (VARIANTS, 1, [])
+
+
+def test_what_was_found_is_recorded() -> None:
+    record = json.loads(Path("docs/fuzz.json").read_text(encoding="utf-8"))
+    assert {failure["test"] for failure in record["failures"]} == set(FOUND)
 
 
 def test_failures_come_back_from_processes() -> None:
