@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def build(kernel: Op, target: Target) -> AttentionKernel:
-    """The launchable form of a level-3 attention kernel; its source is rendered now, its binaries at first use.
+    """The launchable form of a level-3 attention kernel; source and binaries are made when they are needed first.
 
     Raises UnsupportedError for a kernel that cannot be expressed in Triton.
     """
@@ -51,7 +51,7 @@ def build(kernel: Op, target: Target) -> AttentionKernel:
             check(kernel)
             if triton_interpreted():
                 _refuse_late_interpreter()
-            _built[key] = AttentionKernel(kernel, target, source_path(kernel))
+            _built[key] = AttentionKernel(kernel, target)
         return _built[key]
 
 
@@ -63,8 +63,8 @@ def planner(program: Op, target: Target) -> triton_plan.Planner | None:
 class AttentionKernel:
     """A compiled attention kernel. Calls are asynchronous, on the current stream of the tensors' device."""
 
-    def __init__(self, kernel: Op, target: Target, path: Path) -> None:
-        self.kernel, self.target, self.path = kernel, target, path
+    def __init__(self, kernel: Op, target: Target) -> None:
+        self.kernel, self.target = kernel, target
         self.dtype: str = kernel["dtype"]
         self.tables = parts(kernel, "table")
         self._parameters = parameters(kernel)
@@ -78,6 +78,11 @@ class AttentionKernel:
         self._functions: dict[tuple[Variant, int], Function] = {}
         self._module: Any = None
         self._lock = threading.RLock()
+
+    @property
+    def path(self) -> Path:
+        """The file of the rendered source; rendered again if someone emptied the cache."""
+        return source_path(self.kernel)
 
     @property
     def source(self) -> str:

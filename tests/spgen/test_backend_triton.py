@@ -11,6 +11,7 @@ import pytest
 
 from spgen.backends import triton as backend
 from spgen.backends.triton_compile import Variant, _register_cap, arguments, compile_variant, source_path
+from spgen.cache import Cache
 from spgen.errors import CompileError, ToolchainError, UnsupportedError
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
@@ -56,6 +57,14 @@ def test_the_source_is_a_file_that_is_kept() -> None:
     assert built.path.read_text() == built.source
     assert source_path(kernel) == built.path
     assert backend.build(kernel, Target.of("sm_90")) is built
+
+
+def test_a_new_variant_outlives_an_emptied_cache(tmp_path: Path) -> None:
+    with override(cache_dir=tmp_path):
+        built = backend.build(causal(64, 64).kernel, Target.of("sm_90"))
+        assert built.path.is_file()
+        Cache().clear()
+        assert built._binary(Variant(negative=True)).code
 
 
 def test_compiling_can_be_forbidden() -> None:
