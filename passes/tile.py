@@ -12,26 +12,29 @@ Half-lines that speak of the driver's columns become bounds; every other literal
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 from spgen.ir import expr
-from spgen.ir.expr import FALSE, TRUE, Expr, const, maximum, minimum, substitute, var
+from spgen.ir.expr import TRUE, Expr, const, maximum, minimum, substitute, var
 from spgen.ir.node import Op, Slot, walk
 from spgen.ir.tiles import TILES
+from spgen.passes.membership import KV_LEN, POSITION, Q_OFFSET, C, H, J, Membership, R, S, picked
 from spgen.passes.normalize import leaf_of
 from spgen.passes.ownership import is_condition
-from spgen.passes.permutation import push_permutations
-from spgen.passes.tables import Q_START, TILE, B, ProgramTables, Shape, core_rank
+from spgen.passes.tables import TILE, ProgramTables, Shape, core_rank
 
-_I, J, R, S, C, P, H = map(var, ("i", "j", "r", "s", "c", "p", "h"))
-Q_LEN, KV_LEN, Q_OFFSET, K_START = (var(name) for name in ("q_len", "kv_len", "q_offset", "k_start"))
+P = var("p")
 
 
 def tile(node: Op, slots: Sequence[Slot], shape: Shape) -> Op:
     """The level-2 program of `node`, a union of disjoint terms over the tensors `slots`."""
-    return _Tiler(node, slots, shape).program()
+    members = Membership(node, slots, shape)
+    segments = [_Segment(members, f"s{number}", term).build() for number, term in enumerate(node.operands)]
+    order = None if members.row_order is None else expr.load(members.tables.order(members.row_order, "q"), 0, S)
+    return TILES.make(
+        "program", *members.tables.ops.values(), *segments, row_tile=shape.row_tile, block_m=shape.block_m,
+        block_n=shape.block_n, row=order, slot=shape.slot,
+    )  # fmt: skip
 
 
 def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: int) -> bool:
@@ -51,190 +54,11 @@ def query_head_matters(node: Op, slots: Sequence[Slot], q_heads: int, kv_heads: 
     return False
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A pair as a literal sees it: position, row and column in its spaces.
-
-    `tile_row` is the row of the tile's first slot if rows follow each other there. `order` is that of the keys, if the
-    column is a rank.
-    """
-
-    position: Expr
-    row: Expr
-    column: Expr
-    tile_row: Expr | None
-    order: Slot | None
-
-
-class _Tiler:
-    def __init__(self, node: Op, slots: Sequence[Slot], shape: Shape) -> None:
-        self.node, self.shape = node, shape
-        self.margin = 0  # rows around those of the call that predicates must also answer for
-        self.tables = ProgramTables(slots, shape)
-        orders = {op["q"] for op in walk(node) if op.kind == "permuted" and op["q"] is not None}
-        self.row_order: Slot | None = orders.pop() if len(orders) == 1 else None
-        first = TILE * shape.row_tile
-        last = minimum(first + shape.row_tile, Q_LEN) - 1
-        self.slot_extent = (first + Q_OFFSET, last + Q_OFFSET)
-
-    def program(self) -> Op:
-        segments = [self.segment(number, term) for number, term in enumerate(self.node.operands)]
-        row = None if self.row_order is None else expr.load(self.tables.order(self.row_order, "q"), 0, S)
-        shape = self.shape
-        return TILES.make(
-            "program", *self.tables.ops.values(), *segments,
-            row_tile=shape.row_tile, block_m=shape.block_m, block_n=shape.block_n, row=row,
-            slot=shape.slot,
-        )  # fmt: skip
-
-    def segment(self, number: int, term: Op) -> Op:
-        return _Segment(self, f"s{number}", term).build()
-
-    def extent(self, q: Slot | None) -> tuple[Expr, Expr] | None:
-        """The smallest and largest position of the tile's rows as a literal in row space `q` sees them."""
-        if q is self.row_order:
-            return self.slot_extent
-        if q is not None:
-            return None
-        assert self.row_order is not None
-        heads = self.tables.heads_of(self.row_order, 1)
-        name = self.tables.add(
-            "extent", f"extent_{self.row_order.index}", heads, order=self.row_order, row_tile=self.shape.row_tile
-        )
-        slot = self.shape.slot
-        return expr.load(name, slot, 0) + Q_OFFSET, expr.load(name, slot, 1) + Q_OFFSET
-
-    def place(self, q: Slot | None, k: Slot | None, key_space: Slot | None) -> _Place:
-        if q is None:
-            position, row = _I, R
-        elif q is self.row_order:
-            position, row = S + Q_OFFSET, S
-        else:
-            row = expr.load(self.tables.order(q, "q", inverse=True), 0, R)
-            position = row + Q_OFFSET
-        column = J if k is None else C
-        if k is not None and k is not key_space:
-            column = expr.load(self.tables.order(k, "k", inverse=True), 0, J)
-        follows = q is self.row_order and not self.margin
-        return _Place(position, row, column, TILE * self.shape.row_tile if follows else None, k)
-
-    def predicate(self, op: Op, key_space: Slot | None, positive: bool = True) -> Expr:
-        """Membership of the pair (row, column) in `op`, any combination of leaves, or in its complement."""
-        if op.kind == "not":
-            return self.predicate(op.operands[0], key_space, not positive)
-        if op.kind in ("and", "or", "term"):
-            parts = [self.predicate(operand, key_space, positive) for operand in op.operands]
-            either = (op.kind == "or") == positive
-            return reduce(expr.or_ if either else expr.and_, parts, FALSE if either else TRUE)
-        leaf, _, body = leaf_of(op)
-        q, k = (body["q"], body["k"]) if body.kind == "permuted" else (None, None)
-        found = self.leaf_predicate(leaf, self.place(q, k, key_space))
-        found = found if positive else ~found
-        if self.margin and (q is not None or (leaf.kind == "listed" and leaf["rows"])):
-            # Data by row exist for the rows of the call alone; a cover also looks at the rows around them.
-            found = found & (R >= 0) & (R < Q_LEN)
-        return found
-
-    def leaf_predicate(self, leaf: Op, at: _Place) -> Expr:
-        if leaf.kind == "dense":
-            return TRUE
-        if leaf.kind == "before":
-            return at.column < substitute(self.tables.resolve(leaf["bound"]), {"i": at.position})
-        if leaf.kind == "where":
-            return substitute(self.tables.resolve(leaf["predicate"]), {"i": at.position, "j": at.column})
-        if leaf.kind == "stripe":
-            return _stripe_predicate(leaf, at)
-        if leaf.kind == "listed":
-            return self.listed_predicate(leaf, at)
-        if leaf.kind == "diagonals":
-            return self.diagonal_predicate(leaf, at)
-        return self.cover_predicate(leaf, at)
-
-    def diagonal_predicate(self, leaf: Op, at: _Place, low: int | None = None, high: int | None = None) -> Expr:
-        """Whether the pair's offset is listed, and at least `low` and below `high`."""
-        name = self.tables.add(
-            "diagonal_bits", f"diagonal_bits_{leaf['offsets'].index}", self.tables.heads_of(leaf["offsets"], 1),
-            offsets=leaf["offsets"], margin=self.margin, order=at.order, low=low, high=high,
-        )  # fmt: skip
-        keys = KV_LEN if at.order is None else self.capacity(at.order)
-        x = keys - at.column + self.margin
-        if self.shape.cu_seqlens:
-            before = Q_START + (K_START if at.order is None else B * keys)
-            x = before + B * (1 + 2 * self.margin) + x
-        if at.tile_row is None:
-            return expr.bit(name, 0, x + at.row)
-        words = [expr.word(name, 0, x + at.tile_row + 32 * n) for n in range(-(-self.shape.row_tile // 32))]
-        return _picked(words, at.row - at.tile_row)
-
-    def capacity(self, order: Slot) -> Expr:
-        """How many ranks an order of keys has."""
-        return expr.load(self.tables.add("capacity", f"capacity_{order.index}", "one", order=order), 0, 0)
-
-    def listed_predicate(self, leaf: Op, at: _Place) -> Expr:
-        unit = at.column // leaf["cols"]
-        if not leaf["rows"]:
-            return expr.bit(self.listed_table("bits", leaf, by_unit=False), 0, unit)
-        if leaf["mask"] is None:
-            return expr.contains(self.listed_table("units", leaf, row_tile=0), at.row // leaf["rows"], unit)
-        if at.tile_row is None:
-            return expr.bit(self.listed_table("bits", leaf, by_unit=False), at.row // leaf["rows"], unit)
-        name = self.listed_table("bits", leaf, by_unit=True)
-        first = self.first_group(leaf["rows"])
-        words = [expr.word(name, unit, first + 32 * n) for n in range(self.group_words(leaf["rows"]))]
-        return _picked(words, at.row // leaf["rows"] - first)
-
-    def first_group(self, rows: int) -> Expr:
-        """The group of `rows` rows that the row tile's first row is in."""
-        row_tile = self.shape.row_tile
-        if row_tile % rows == 0:
-            return TILE * (row_tile // rows)
-        return TILE // (rows // row_tile) if rows % row_tile == 0 else TILE * row_tile // rows
-
-    def group_words(self, rows: int) -> int:
-        """How many words it takes to say something of each group of `rows` rows that a row tile crosses."""
-        row_tile = self.shape.row_tile
-        whole = row_tile % rows == 0 or rows % row_tile == 0
-        groups = -(-row_tile // rows) if whole else (row_tile - 1) // rows + 2
-        return -(-groups // 32)
-
-    def listed_table(self, kind: str, leaf: Op, **attrs: int) -> str:
-        data = leaf["mask"] or leaf["indices"]
-        heads = self.tables.heads_of(data, core_rank(leaf))
-        return self.tables.add(kind, f"{kind}_{data.index}", heads, **dict(leaf.attrs), **attrs)
-
-    def cover_predicate(self, leaf: Op, at: _Place) -> Expr:
-        inner = push_permutations(leaf.operands[0])
-        neutral = _Tiler(inner, list(self.tables.slots.values()), self.shape)
-        neutral.tables, neutral.row_order, neutral.margin = self.tables, None, leaf["rows"]
-        found = neutral.predicate(inner, None)
-        heads = self.tables.widest(expr.tables(found), found)
-        rows, cols = leaf["rows"], leaf["cols"]
-        count = sum(op.kind == "touch" for op in self.tables.ops.values())
-        name = self.tables.add("touch", f"touch_{count}", heads, predicate=found, rows=rows, cols=cols)
-        group = at.position // rows - Q_OFFSET // rows
-        return expr.bit(name, Q_START // rows + 2 * B + group if self.shape.cu_seqlens else group, at.column // cols)
-
-
-def _picked(words: Sequence[Expr], at: Expr) -> Expr:
-    """Bit `at` of consecutive words: they are read once for each column, each row takes its bit."""
-    chosen = words[-1]
-    for n, word in reversed(list(enumerate(words[:-1]))):
-        chosen = expr.select(at < 32 * n + 32, word, chosen)
-    return expr.and_(chosen >> (at % 32 if len(words) > 1 else at), const(1)).ne(0)
-
-
-def _stripe_predicate(leaf: Op, at: _Place) -> Expr:
-    unit = at.column // leaf["cols"]
-    x = at.position // leaf["cols"] - unit if leaf["relative"] else unit
-    inside: Expr = (x - leaf["offset"] - H * leaf["shift_per_head"]) % leaf["stride"] < leaf["width"]
-    return inside
-
-
 class _Segment:
     """The making of one segment from one term."""
 
-    def __init__(self, tiler: _Tiler, name: str, term: Op) -> None:
-        self.tiler, self.tables, self.shape, self.name = tiler, tiler.tables, tiler.shape, name
+    def __init__(self, members: Membership, name: str, term: Op) -> None:
+        self.members, self.tables, self.shape, self.name = members, members.tables, members.shape, name
         self.literals = list(term.operands)
         self.driver = max(
             (literal for literal in self.literals if self._drives(literal)), key=_selectivity, default=None
@@ -247,7 +71,7 @@ class _Segment:
         """Whether the literal's columns can be walked for this row tile."""
         leaf, positive, body = leaf_of(literal)
         q = body["q"] if body.kind == "permuted" else None
-        rows_agree = q is self.tiler.row_order
+        rows_agree = q is self.members.row_order
         if not positive or leaf.kind not in ("listed", "diagonals", "stripe"):
             return False
         if leaf.kind == "listed":
@@ -263,19 +87,19 @@ class _Segment:
         return _space(chosen)[1]
 
     def build(self) -> Op:
-        end = KV_LEN if self.key_space is None else self.tiler.capacity(self.key_space)
+        end = KV_LEN if self.key_space is None else self.members.capacity(self.key_space)
         lows, highs, inner_lows, inner_highs = [const(0)], [end], [const(0)], [end]
         mask, when, exact = TRUE, TRUE, self.key_space is None
         for literal in self.literals:
             if literal is self.driver:
                 continue
             if is_condition(literal):
-                when = when & self.tiler.predicate(literal, None)
+                when = when & self.members.predicate(literal, None)
                 continue
             ends = self._bounds(literal)
             said = ends and ends[0] is ends[1] and self.driver is None  # by the run's own ends
             if not said and not self._limits_offsets(literal):
-                mask = mask & self.tiler.predicate(literal, self.key_space)
+                mask = mask & self.members.predicate(literal, self.key_space)
             if ends is None:
                 exact = False
                 continue
@@ -305,7 +129,7 @@ class _Segment:
         if self.driver is None or leaf_of(self.driver)[0].kind != "diagonals" or leaf.kind != "before":
             return False
         position, shift = expr.split_constant(self.tables.resolve(leaf["bound"]))
-        if position is not _I or _space(literal) != _space(self.driver):
+        if position is not POSITION or _space(literal) != _space(self.driver):
             return False
         limit = 1 - shift  # j < i + shift: the offset i - j is at least this
         if positive:
@@ -323,7 +147,7 @@ class _Segment:
         bound = self.tables.resolve(leaf["bound"])
         if "i" not in expr.free_variables(bound):
             return bound, bound
-        extent = self.tiler.extent(q)
+        extent = self.members.extent(q)
         return None if extent is None else (substitute(bound, {"i": extent[0]}), substitute(bound, {"i": extent[1]}))
 
     def _source(self) -> dict[str, Any]:
@@ -341,13 +165,13 @@ class _Segment:
         shift = leaf["offset"] + H * leaf["shift_per_head"]
         source: dict[str, Any] = {"source": "range", "contiguous": False, "unit": 1}
         if leaf["relative"]:
-            extent = self.tiler.extent(_space(self.driver)[0]) if self.driver else None
+            extent = self.members.extent(_space(self.driver)[0]) if self.driver else None
             assert extent is not None
             first, last = (position // leaf["cols"] for position in extent)
             width = minimum(last - first + leaf["width"], leaf["stride"]) * leaf["cols"]
             shift = first - shift - leaf["width"] + 1
             source["exact"] = False
-            source["mask"] = self.tiler.predicate(self.driver, self.key_space) if self.driver else TRUE
+            source["mask"] = self.members.predicate(self.driver, self.key_space) if self.driver else TRUE
         elif leaf["width"] >= leaf["stride"]:
             return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
         elif (leaf["width"] * leaf["cols"]) % self.shape.block_n == 0:
@@ -361,7 +185,7 @@ class _Segment:
     def _listed(self, leaf: Op) -> dict[str, Any]:
         rows, cols, row_tile = leaf["rows"], leaf["cols"], self.shape.row_tile
         aligned = rows % row_tile == 0
-        name = self.tiler.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
+        name = self.members.listed_table("units", leaf, row_tile=0 if aligned else row_tile)
         tiles_per_row = rows // row_tile if aligned else 1
         row = self.shape.slot if not aligned else TILE // tiles_per_row if tiles_per_row else const(0)
         first = expr.load(name, row, P // cols) * cols + P % cols
@@ -378,13 +202,13 @@ class _Segment:
         """Whether the row's own group lists the unit at this position of the row tile's union."""
         assert self.driver is not None
         if leaf["mask"] is not None:
-            return self.tiler.predicate(self.driver, self.key_space)
+            return self.members.predicate(self.driver, self.key_space)
         rows, cols = leaf["rows"], leaf["cols"]
-        count = self.tiler.group_words(rows)
-        name = self.tiler.listed_table("groups", leaf, row_tile=self.shape.row_tile, words=count)
+        count = self.members.group_words(rows)
+        name = self.members.listed_table("groups", leaf, row_tile=self.shape.row_tile, words=count)
         words = [expr.load(name, self.shape.slot, P // cols * count + n) for n in range(count)]
-        first = self.tiler.first_group(rows)
-        return _picked(words, (R if self.tiler.row_order is None else S) // rows - first)
+        first = self.members.first_group(rows)
+        return picked(words, (R if self.members.row_order is None else S) // rows - first)
 
     def _diagonals(self, leaf: Op) -> dict[str, Any]:
         """Runs of columns that the offsets sweep over the row tile, cut into tiles from each run's first column."""
@@ -399,12 +223,12 @@ class _Segment:
         base = TILE * shape.row_tile + shape.row_tile + Q_OFFSET
         number = P // shape.block_n
         assert self.driver is not None
-        at = self.tiler.place(*_space(self.driver), self.key_space)
+        at = self.members.place(*_space(self.driver), self.key_space)
         inside = (J if self.key_space is None else C) - base < expr.load(names["ends"], 0, number)
         return {
             "source": "list", "contiguous": True, "unit": shape.block_n, "exact": False,
             "column": expr.load(names["starts"], 0, number) + P % shape.block_n + base,
-            "mask": inside & self.tiler.diagonal_predicate(leaf, at, self.low, self.high),
+            "mask": inside & self.members.diagonal_predicate(leaf, at, self.low, self.high),
             "list": {"units": names["starts"], "tiles_per_row": 0, "units_by_tile": False, "base": base},
         }  # fmt: skip
 
