@@ -13,6 +13,7 @@ from spgen.arguments import Arguments, check, sequences_of
 from spgen.attend import Attention
 from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
 from spgen.data import check_shapes
+from spgen.ir import expr
 from spgen.ir.expr import Expr
 from spgen.ir.kernel import parts
 from spgen.ir.node import Op
@@ -28,6 +29,7 @@ from spgen.target import Target
 
 _EXACT_PAIRS = 2**24  # up to this many pairs density is counted, beyond it is measured on sampled rows
 _SAMPLED_ROWS = 64
+_LONG_MASK = 100  # characters: longer ones are named by the tables they read, and shown by `--ir`
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,13 @@ class Explanation:
 def _how(segment: Op) -> str:
     if segment["exact"]:
         return "whole tiles run without a mask"
-    return f"every tile is masked by {segment['mask']}" if segment["mask"] is not None else "lengths are masked"
+    mask = segment["mask"]
+    if mask is None:
+        return "lengths are masked"
+    text = str(mask)
+    if len(text) > _LONG_MASK and expr.tables(mask):
+        text = f"what {', '.join(sorted(expr.tables(mask)))} say"
+    return f"every tile is masked by {text}"
 
 
 def _cost_lines(cost: Cost) -> list[str]:
