@@ -14,7 +14,7 @@ import spgen as sp
 from spgen.bench import peers, tokens
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.machine import hardware, versions
-from spgen.bench.measure import Call, interleaved
+from spgen.autotune.measure import Call, interleaved
 from spgen.bench.peak import FmaLoop, fma_loop, pair_loop
 from spgen.bench.start import first_calls, launches
 from spgen.target import Target

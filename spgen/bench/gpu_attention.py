@@ -12,7 +12,7 @@ import spgen as sp
 from spgen.bench import peers
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.machine import hardware, versions
-from spgen.bench.measure import Call, Timer, interleaved, on_gpu
+from spgen.autotune.measure import Call, Timer, interleaved, on_gpu
 from spgen.bench.start import first_calls, launches
 from spgen.errors import DeviceError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from spgen.bench.measure import wall
+from spgen.autotune.measure import wall
 from spgen.settings import c_compiler
 from spgen.target import Target
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from spgen.bench.blocks import BlockList
-from spgen.bench.measure import Call
+from spgen.autotune.measure import Call
 
 
 def compiled_flex() -> Callable[..., Tensor]:

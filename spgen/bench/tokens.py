@@ -19,7 +19,7 @@ import spgen as sp
 from spgen import reference
 from spgen.bench import peers
 from spgen.bench.blocks import BlockList, Workload
-from spgen.bench.measure import Call, interleaved
+from spgen.autotune.measure import Call, interleaved
 from spgen.patterns import Pattern
 
 _TILE = 64

@@ -21,7 +21,7 @@ from spgen.bench import (
     start,
     tokens,
 )
-from spgen.bench.measure import interleaved, per_call, wall
+from spgen.autotune.measure import interleaved, per_call, wall
 from spgen.bench.peak import fma_loop, pair_loop
 from spgen.errors import DeviceError
 

@@ -1,0 +1,119 @@
+"""How times are taken: interleaved, so that a machine that slows down slows all contenders alike; medians."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+Call: TypeAlias = Callable[[], Any]
+Timer: TypeAlias = Callable[[Call], float]
+
+_FLUSHED = 2  # a buffer of so many L2 caches is written between two calls
+_FEWEST, _MOST = 3, 1000  # calls behind one reading
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Readings of one call: their median in seconds, and the noise: half the distance of the quartiles, as a share."""
+
+    seconds: float
+    noise: float
+    count: int
+
+    @staticmethod
+    def of(readings: Sequence[float]) -> Sample:
+        """Median and noise of seconds; noise 0 of a single reading."""
+        middle = statistics.median(readings)
+        if len(readings) < 2 or not middle:
+            return Sample(middle, 0.0, len(readings))
+        low, _, high = statistics.quantiles(readings, n=4, method="inclusive")
+        return Sample(middle, (high - low) / 2 / middle, len(readings))
+
+
+def wall(call: Call) -> float:
+    """Seconds of one call, by the clock on the wall."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def on_gpu(milliseconds: int = 100, device: int | None = None) -> Timer:
+    """A timer for kernels: the median over calls that fill `milliseconds`, the L2 cache emptied before each."""
+    import torch
+
+    def timer(call: Call) -> float:
+        with torch.cuda.device(device):
+            index = torch.cuda.current_device()
+            flushed = torch.empty(_flush_bytes(index) // 4, dtype=torch.int32, device=f"cuda:{index}")
+            estimate = statistics.median(_events(call, flushed, _FEWEST))
+            count = min(max(_FEWEST, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
+            return statistics.median(_events(call, flushed, count))
+
+    return timer
+
+
+def _flush_bytes(index: int) -> int:
+    import torch
+
+    found = getattr(torch.cuda.get_device_properties(index), "L2_cache_size", 0)
+    return _FLUSHED * int(found or 64 << 20)
+
+
+def _events(call: Call, flushed: Any, count: int) -> list[float]:
+    """Seconds of each of `count` calls on the device, the L2 cache emptied before each."""
+    import torch
+
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    for start, end in events:
+        flushed.zero_()
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def samples(calls: Mapping[str, Call], *, rounds: int, timer: Timer = wall, warm_up: int = 1) -> dict[str, Sample]:
+    """Readings of each call over `rounds`; every round takes each call once, in changing order."""
+    for call in calls.values():
+        for _ in range(warm_up):
+            call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    for _ in range(rounds):
+        for name in order:
+            taken[name].append(timer(calls[name]))
+        order = order[1:] + order[:1]
+    return {name: Sample.of(readings) for name, readings in taken.items()}
+
+
+def interleaved(calls: Mapping[str, Call], *, rounds: int, timer: Timer = wall, warm_up: int = 1) -> dict[str, float]:
+    """Median seconds of each call over `rounds`, as `samples` takes them."""
+    found = samples(calls, rounds=rounds, timer=timer, warm_up=warm_up)
+    return {name: sample.seconds for name, sample in found.items()}
+
+
+def per_call(
+    calls: Mapping[str, Call], *, repeats: int = 500, rounds: int = 15, settle: Call | None = None
+) -> dict[str, float]:
+    """Median host seconds of one call of each, measured over `repeats` calls in a row.
+
+    `settle` waits for the device between measurements; the calls themselves should not wait.
+    """
+
+    def repeated(call: Call) -> Call:
+        def run() -> None:
+            for _ in range(repeats):
+                call()
+
+        return run
+
+    def timer(call: Call) -> float:
+        if settle is not None:
+            settle()
+        return wall(call) / repeats
+
+    return interleaved({name: repeated(call) for name, call in calls.items()}, rounds=rounds, timer=timer)
