@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import spgen as sp
+from spgen.autotune.measure import Call, interleaved
 from spgen.bench import peers, tokens
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.machine import hardware, versions
-from spgen.autotune.measure import Call, interleaved
 from spgen.bench.peak import FmaLoop, fma_loop, pair_loop
 from spgen.bench.start import first_calls, launches
 from spgen.target import Target

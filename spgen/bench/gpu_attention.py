@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 import spgen as sp
+from spgen.autotune.measure import Call, Timer, interleaved, on_gpu
 from spgen.bench import peers
 from spgen.bench.blocks import BlockList, Workload
 from spgen.bench.machine import hardware, versions
-from spgen.autotune.measure import Call, Timer, interleaved, on_gpu
 from spgen.bench.start import first_calls, launches
 from spgen.errors import DeviceError
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 import spgen as sp
+from spgen.autotune.measure import Call, Timer, interleaved, on_gpu
 from spgen.bench import gpu_cases, peers
 from spgen.bench.gpu_attention import matmul_peak, workload
 from spgen.bench.gpu_cases import Case
 from spgen.bench.machine import hardware, versions
-from spgen.autotune.measure import Call, Timer, interleaved, on_gpu
 from spgen.bench.start import first_calls, launches
 from spgen.errors import DeviceError
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from spgen.bench.blocks import BlockList
 from spgen.autotune.measure import Call
+from spgen.bench.blocks import BlockList
 
 
 def compiled_flex() -> Callable[..., Tensor]:

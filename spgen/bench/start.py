@@ -14,8 +14,8 @@ import torch
 import spgen as sp
 from spgen.arguments import Arguments
 from spgen.attend import Attention
-from spgen.bench.blocks import BlockList, Workload
 from spgen.autotune.measure import per_call
+from spgen.bench.blocks import BlockList, Workload
 from spgen.compile import compiled
 from spgen.errors import CompileError
 from spgen.ops import request_of

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import spgen as sp
 from spgen import reference
+from spgen.autotune.measure import Call, interleaved
 from spgen.bench import peers
 from spgen.bench.blocks import BlockList, Workload
-from spgen.autotune.measure import Call, interleaved
 from spgen.patterns import Pattern
 
 _TILE = 64

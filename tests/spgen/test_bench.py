@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import spgen as sp
+from spgen.autotune.measure import interleaved, per_call, wall
 from spgen.bench import (
     SUITES,
     blocks,
@@ -21,7 +22,6 @@ from spgen.bench import (
     start,
     tokens,
 )
-from spgen.autotune.measure import interleaved, per_call, wall
 from spgen.bench.peak import fma_loop, pair_loop
 from spgen.errors import DeviceError
 
