@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from spgen.errors import GradientError as GradientError
     from spgen.errors import PatternError as PatternError
     from spgen.errors import PlanError as PlanError
+    from spgen.errors import RecordError as RecordError
     from spgen.errors import ShapeError as ShapeError
     from spgen.errors import SpgenError as SpgenError
     from spgen.errors import TextError as TextError
     from spgen.errors import ToolchainError as ToolchainError
     from spgen.errors import UnsupportedError as UnsupportedError
     from spgen.errors import VerifyError as VerifyError
+    from spgen.errors import WorkloadError as WorkloadError
     from spgen.patterns import Pattern as Pattern
     from spgen.patterns import block as block
     from spgen.patterns import causal as causal
@@ -76,7 +78,7 @@ _HOMES = {
     "spgen.compile": "compile_count",
     "spgen.drawing": "show",
     "spgen.errors": "CacheError CacheWarning CompileError DataError DeviceError DtypeError GradientError PatternError "
-    "PlanError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError",
+    "PlanError RecordError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError WorkloadError",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

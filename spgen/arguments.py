@@ -54,6 +54,11 @@ class Arguments:
         """Rows of a sequence; of a packed batch the mean."""
         return self.q.shape[2] if self.q.dim() == 4 else self.q.shape[0] // max(self.batch, 1)
 
+    @property
+    def typical_keys(self) -> int:
+        """Keys of a sequence, as far as shapes tell; of a packed batch the mean."""
+        return self.k.shape[2] if self.k.dim() == 4 else self.k.shape[0] // max(self.batch, 1)
+
 
 def as_batch(tensor: Tensor) -> Tensor:
     """[T, H, D] as [1, H, T, D]."""

@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any, Protocol, cast
 
 from spgen.errors import UnsupportedError
+from spgen.ir.config import Config
 from spgen.ir.kernel import parts
 from spgen.ir.node import Op, walk
 from spgen.ir.pattern import is_selected, read_short, short_text, slots
@@ -46,7 +47,10 @@ _DIAGONAL_ROWS = 64
 
 @dataclass(frozen=True)
 class Request:
-    """Everything that a kernel is specialised for. Lengths, batch, counts and strides are not among it."""
+    """Everything that a kernel is specialised for. Lengths, batch, counts and strides are not among it.
+
+    What records of measurements say about a call's sizes is: `config` (see spgen/tuned.py).
+    """
 
     pattern: str
     call: Call
@@ -54,6 +58,7 @@ class Request:
     kv_heads: int
     packed: bool
     target: Target
+    config: Config | None = None  # None: the backend's default
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,8 @@ class Lowered:
 class Backend(Protocol):
     """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
 
-    def default_schedule(
-        self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None
-    ) -> Mapping[str, Any]:
-        """`block_m`, `block_n` and the `options` of the level-3 kernel, always a legal choice.
+    def default_config(self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None) -> Config:
+        """Always a legal choice.
 
         `rows` is how many neighbouring rows share their data, None if all do.
         """
@@ -130,15 +133,16 @@ def level_1(node: Op) -> Op:
     return node
 
 
-def lower(request: Request, block_m: int, block_n: int, options: tuple[str, ...]) -> Lowered:
-    """All levels of a request for one tile size."""
+def lower(request: Request, config: Config) -> Lowered:
+    """All levels of a request for one configuration."""
     node = read_short(request.pattern)
     terms = level_1(node)
     pack = request.q_heads // request.kv_heads if request.packed else 1
     cu_seqlens = request.call.cu_seqlens
-    shape = Shape(request.q_heads, request.kv_heads, block_m // pack, block_m, block_n, cu_seqlens)
+    rows, block_m, block_n = config.block_m // pack, config.block_m, config.block_n
+    shape = Shape(request.q_heads, request.kv_heads, rows, block_m, block_n, cu_seqlens)
     program = tile(terms, slots(node), shape)
-    kernel = hoist(schedule(program, request.call, pack, options))
+    kernel = hoist(schedule(program, request.call, pack, config.options))
     return Lowered(node, terms, program, kernel, pack)
 
 
@@ -163,15 +167,19 @@ class Compiled:
     read: tuple[int, ...]
 
 
+def default_config(request: Request) -> Config:
+    """The configuration of the request's backend where nothing was measured."""
+    node, call = read_short(request.pattern), request.call
+    refuse_selections(node)
+    return backend_of(request.target).default_config(
+        call.head_dim, call.value_dim, call.dtype, request.target, rows=shared_rows(node)
+    )
+
+
 @lru_cache(maxsize=4096)
 def lowered(request: Request) -> Lowered:
-    """The levels of a request with its backend's default schedule."""
-    refuse_selections(read_short(request.pattern))
-    call = request.call
-    chosen = backend_of(request.target).default_schedule(
-        call.head_dim, call.value_dim, call.dtype, request.target, rows=shared_rows(read_short(request.pattern))
-    )
-    return lower(request, chosen["block_m"], chosen["block_n"], tuple(chosen["options"]))
+    """The levels of a request with its configuration."""
+    return lower(request, request.config or default_config(request))
 
 
 _kernels: dict[tuple[Op, Target], Any] = {}

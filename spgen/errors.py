@@ -23,12 +23,14 @@ __all__ = [
     "GradientError",
     "PatternError",
     "PlanError",
+    "RecordError",
     "ShapeError",
     "SpgenError",
     "TextError",
     "ToolchainError",
     "UnsupportedError",
     "VerifyError",
+    "WorkloadError",
 ]
 
 
@@ -96,6 +98,14 @@ class CompileError(SpgenError, RuntimeError):
 
 class CacheError(SpgenError, RuntimeError):
     """A cache directory that cannot be trusted or used."""
+
+
+class RecordError(SpgenError, ValueError):
+    """A file of tuning records that cannot be read, written or merged."""
+
+
+class WorkloadError(SpgenError, ValueError):
+    """A workload that names what does not exist: an unknown pattern, shape or target."""
 
 
 class ToolchainError(SpgenError, RuntimeError):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spgen.arguments import Arguments, check, sequences_of
 from spgen.attend import Attention
-from spgen.compile import Lowered, Request, backend_of, is_packed, lowered
+from spgen.compile import Lowered, Request, backend_of, lowered
 from spgen.data import check_shapes
 from spgen.ir import expr
 from spgen.ir.expr import Expr
@@ -19,13 +19,14 @@ from spgen.ir.kernel import parts
 from spgen.ir.node import Op
 from spgen.ir.pattern import read_short, slots
 from spgen.ir.tiles import segments, table_ops
-from spgen.ops import request_of
+from spgen.ops import request_of, sizes_of
 from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern, pattern
 from spgen.reference import mask
 from spgen.tables import Builder
 from spgen.target import Target
+from spgen.tuned import Choice, Sizes, choice, request_for
 
 _EXACT_PAIRS = 2**24  # up to this many pairs density is counted, beyond it is measured on sampled rows
 _SAMPLED_ROWS = 64
@@ -46,6 +47,7 @@ class Explanation:
     sampled: bool = False
     packed: int | None = None  # sequences of a packed batch
     kernel: Any = field(default=None, repr=False)
+    choice: Choice = field(default_factory=Choice)
 
     def __str__(self) -> str:
         lines = [f"pattern    {self.pattern}", f"target     {self.target}", f"call       {self._call()}"]
@@ -53,7 +55,7 @@ class Explanation:
         lines += self._segments()
         if self.cost is not None:
             lines += _cost_lines(self.cost)
-        lines += [f"kernel     {self._kernel()}"]
+        lines += [f"kernel     {self._kernel()}", f"tuned      {self.choice}"]
         return "\n".join(lines)
 
     def _call(self) -> str:
@@ -135,7 +137,10 @@ def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Expl
         needed = round(measured * total)
     density = needed / total if total else 0.0
     cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
-    return Explanation(request.pattern, request.target, levels, shape, counts, cost, density, sampled, packed)
+    return Explanation(
+        request.pattern, request.target, levels, shape, counts, cost, density, sampled, packed,
+        choice=choice(request, sizes_of(arguments)),
+    )  # fmt: skip
 
 
 def _lengths(builder: Builder) -> dict[str, Tensor]:
@@ -239,12 +244,11 @@ def explain_text(
     chosen = Target.of(target)
     batch, q_heads, q_len, head_dim = q_shape
     call = Call(dtype, head_dim, v_dim)
-    request = Request(pattern_text, call, q_heads, kv_heads, False, chosen)
-    packed = is_packed(pattern_text, q_heads, kv_heads, q_len, lowered(request).kernel["block_m"])
-    request = Request(pattern_text, call, q_heads, kv_heads, packed, chosen)
+    sizes = Sizes(batch, q_len, kv_len, tuple(tensor.shape for tensor in data))
+    request = request_for(pattern_text, call, q_heads, kv_heads, chosen, sizes)
     shape = (batch, q_heads, kv_heads, q_len, kv_len)
     if slots(node) and not data:
-        report = Explanation(pattern_text, chosen, lowered(request), shape)
+        report = Explanation(pattern_text, chosen, lowered(request), shape, choice=choice(request, sizes))
     else:
         check_shapes(node, data, q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
         q, k = (torch.empty(1).expand(shape) for shape in (q_shape, (batch, kv_heads, kv_len, head_dim)))

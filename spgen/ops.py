@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
-from spgen.compile import Compiled, Request, compiled, is_packed, lowered, planner_of
+from spgen.compile import Compiled, Request, compiled, lowered, planner_of
 from spgen.errors import CompileError, GradientError, PlanError
 from spgen.ir.node import Op
 from spgen.ir.tiles import table_ops
@@ -23,6 +23,7 @@ from spgen.passes.schedule import Call
 from spgen.settings import logger, settings
 from spgen.tables import Builder
 from spgen.target import Target
+from spgen.tuned import Sizes, choice, request_for
 
 _SCHEMA = """attention(
     Tensor q, Tensor k, Tensor v, Tensor[] data, Tensor[] plan, str pattern, Tensor? cu_seqlens_q,
@@ -85,7 +86,7 @@ def attention(
         )
         ready = _prepare(arguments, return_lse)
         if plan:
-            _check_tiles(ready.compiled)
+            _check_tiles(ready.compiled, sizes_of(arguments))
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
         _ready[key] = ready
@@ -194,10 +195,12 @@ def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..
         return None
 
 
-def _check_tiles(done: Compiled) -> None:
+def _check_tiles(done: Compiled, sizes: Sizes) -> None:
     """A plan is made for values as wide as keys; other widths may choose other tiles, whose tables differ."""
     call = done.request.call
-    planned = lowered(replace(done.request, call=replace(call, value_dim=call.head_dim, lse=False))).program
+    like = replace(done.request, call=replace(call, value_dim=call.head_dim, lse=False), config=None)
+    record = choice(like, sizes).record
+    planned = lowered(like if record is None else replace(like, config=record.config)).program
     if table_ops(planned) != table_ops(done.lowered.program):
         raise PlanError(
             "plan", given=f"one for values of size {call.head_dim}, and v of size {call.value_dim}",
@@ -217,9 +220,13 @@ def request_of(arguments: Arguments, return_lse: bool = False) -> Request:
         "none" if bias is None else "alibi" if bias.dim() == 2 else "key",
     )  # fmt: skip
     heads = int(q.shape[heads_at]), int(k.shape[heads_at])
-    request = Request(arguments.pattern, call, *heads, False, Target.of(q.device))
-    packed = is_packed(arguments.pattern, *heads, arguments.typical_rows, lowered(request).kernel["block_m"])
-    return replace(request, packed=packed)
+    return request_for(arguments.pattern, call, *heads, Target.of(q.device), sizes_of(arguments))
+
+
+def sizes_of(arguments: Arguments) -> Sizes:
+    """The sizes that choose among records."""
+    shapes = tuple(tensor.shape for tensor in arguments.data)
+    return Sizes(arguments.batch, arguments.typical_rows, arguments.typical_keys, shapes)
 
 
 def _tables(

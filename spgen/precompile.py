@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spgen.compile import Request, compiled, is_packed, lowered
+from spgen.compile import compiled
 from spgen.errors import ToolchainError
 from spgen.passes.schedule import Call
 from spgen.target import Target
+from spgen.tuned import Sizes, request_for
 
 _TENSOR_MAPS_FROM = 90  # sm_90 and later can bring tiles through tensor descriptors
 
@@ -23,10 +24,9 @@ def compile_text(
     not matter, but that a call with few rows lets the heads of a group share a row tile. Errors are those of the call.
     """
     chosen = Target.of(target)
-    _, q_heads, q_len, head_dim = q_shape
-    request = Request(pattern_text, Call(dtype, head_dim, v_dim), q_heads, kv_heads, False, chosen)
-    packed = is_packed(pattern_text, q_heads, kv_heads, q_len, lowered(request).kernel["block_m"])
-    kernel = compiled(Request(pattern_text, request.call, q_heads, kv_heads, packed, chosen)).kernel
+    batch, q_heads, q_len, head_dim = q_shape
+    call, sizes = Call(dtype, head_dim, v_dim), Sizes(batch, q_len, kv_len)
+    kernel = compiled(request_for(pattern_text, call, q_heads, kv_heads, chosen, sizes)).kernel
     if chosen.kind == "cuda":
         _compile_binaries(kernel, chosen)
     if kernel.path is None:

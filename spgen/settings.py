@@ -6,6 +6,7 @@
 | `SPGEN_BACKEND` | `auto`, `tvm` or `triton` | `auto`: by the tensors' device |
 | `SPGEN_NO_COMPILE` | `1` forbids compiling: a kernel that is not in the cache is an error | `0` |
 | `SPGEN_FLOAT32` | float32 on GPUs: `tf32x3` (three tensor-core products, float32's accuracy) or `ieee` | `tf32x3` |
+| `SPGEN_RECORDS` | where the user's tuning records are; `off`: none, not even the shipped | in the cache |
 | `SPGEN_LOG` | `debug`, `info`, `warning`, `error` or `off` | `warning` |
 
 Of variables that belong to others, `XDG_CACHE_HOME`, `CC` and `TRITON_INTERPRET` are honoured.
@@ -40,6 +41,7 @@ class Settings:
     backend: str = "auto"
     no_compile: bool = False
     float32: str = "tf32x3"
+    records: Path | bool = True  # a directory; True: the usual one; False: none, not even the shipped ones
     log: str = "warning"
 
 
@@ -102,11 +104,13 @@ def triton_interpreted() -> bool:
 
 def _from_environment() -> Settings:
     directory = os.environ.get("SPGEN_CACHE_DIR", "")
+    records = os.environ.get("SPGEN_RECORDS", "")
     return Settings(
         cache_dir=Path(directory).expanduser() if directory else None,
         backend=_choice("SPGEN_BACKEND", "auto", BACKENDS),
         no_compile=_switch("SPGEN_NO_COMPILE"),
         float32=_choice("SPGEN_FLOAT32", "tf32x3", FLOAT32),
+        records=records.lower() != "off" if records.lower() in ("", "off") else Path(records).expanduser(),
         log=_choice("SPGEN_LOG", "warning", LOG_LEVELS),
     )
 

@@ -44,7 +44,7 @@ class Sizes:
     def varying(self) -> frozenset[str]:
         """The variables that differ from sequence to sequence."""
         names = {"b"} | ({"kv_len"} if self.kv_lengths else set())
-        return frozenset(names | ({"q_offset"} if self.q_offsets or self.kv_lengths else set()))
+        return frozenset(names | ({"q_offset"} if self.q_offsets else set()))
 
 
 def table_shapes(ops: Sequence[Op], sizes: Sizes) -> dict[str, Shape]:

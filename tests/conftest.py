@@ -39,5 +39,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """No test reads or writes the user's cache; kernels are shared by the tests of one run (one worker)."""
     directory = tmp_path_factory.mktemp("cache")
     os.environ["SPGEN_CACHE_DIR"] = str(directory)  # for the processes that tests start
-    with override(cache_dir=directory, backend="auto", no_compile=False):
+    # tests say which configurations they mean
+    os.environ["SPGEN_RECORDS"] = "off"
+    with override(cache_dir=directory, backend="auto", no_compile=False, records=False):
         yield directory

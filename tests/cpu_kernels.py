@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spgen.backends.tvm import build, default_schedule
+from spgen.backends.tvm import build, default_config
 from spgen.ir.kernel import KERNEL
 from spgen.target import Target, _cpuinfo
 from tests.kernel_cases import CASES, MORE_CASES, Case
 
 ALL_CASES = {**CASES, **MORE_CASES}
 CPU = Target.of("cpu")
-BLOCK_M: int = default_schedule(64, 64, "float32", CPU)["block_m"]
+BLOCK_M: int = default_config(64, 64, "float32", CPU).block_m
 OTHERS = {
     "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", simd=8, registers=16),
     "sse2": replace(CPU, isa="sse2", arch="x86-64", simd=4, registers=16),

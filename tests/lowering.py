@@ -9,6 +9,7 @@ import torch
 
 from spgen.backends.extras import Extras
 from spgen.compile import Lowered, Request, lower
+from spgen.ir.config import Config
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern
 from spgen.sequences import Sequences
@@ -55,7 +56,7 @@ def lowered_builder(pattern: Pattern, call: Lengths) -> tuple[Lowered, Builder]:
     fixed = Call("float32", 1, 1, mode, call.kv_lengths is not None, cu_seqlens=call.cu_q is not None)
     target = Target("cpu", "test", "generic")
     request = Request(repr(pattern), fixed, call.q_heads, call.kv_heads, call.pack, target)
-    levels = lower(request, call.block_m, call.block_n, ())
+    levels = lower(request, Config(call.block_m, call.block_n))
     sequences = Sequences(
         call.batch, call.rows, call.keys, torch.device("cpu"), offset, call.kv_lengths, call.cu_q, call.cu_k
     )

@@ -22,7 +22,7 @@ from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton_binary import Binary, load_source
 from spgen.backends.triton_compile import ELEMENT_BYTES, Variant, arguments, binary, constants_of, source_path
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
-from spgen.backends.triton_schedule import default_schedule as default_schedule
+from spgen.backends.triton_schedule import default_config as default_config
 from spgen.errors import ShapeError, ToolchainError
 from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op

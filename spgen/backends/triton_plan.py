@@ -260,7 +260,7 @@ def _sizes(builder: Builder) -> Sizes:
     return Sizes(
         one.batch, one.q_len, one.kv_len, builder.q_heads, builder.kv_heads,
         tuple(tuple(tensor.shape) for tensor in builder.data), one.kv_lengths is not None,
-        isinstance(one.q_offset, Tensor),
+        isinstance(one.q_offset, Tensor) or (one.q_offset is None and one.kv_lengths is not None),
     )  # fmt: skip
 
 

@@ -14,8 +14,7 @@ The options of a kernel that this backend knows:
 
 from __future__ import annotations
 
-from typing import Any
-
+from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
 from spgen.templates.triton.attention import padded
@@ -36,10 +35,8 @@ _FLOAT_CORES = ((64, 64, 32, 4, 2, 0), (128, 32, 32, 4, 1, 0), (256, 32, 16, 8, 
 _FLOAT_PLAIN = ((128, 32, 32, 8, 1, 0), (256, 16, 16, 8, 1, 0))
 
 
-def default_schedule(
-    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None
-) -> dict[str, Any]:
-    """`block_m`, `block_n` and `options` ("warps=8", …) of a schedule that fits every target of this kind.
+def default_config(head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None) -> Config:
+    """A configuration that fits every target of this kind.
 
     `rows` is how many neighbouring rows share their data, if they do not all: tiles no taller than that waste least,
     down to 64 rows. Products of float32 are three products of tf32 where there are tensor cores: as exact as float32's
@@ -58,7 +55,7 @@ def default_schedule(
     if registers:
         extra.append(f"registers={registers}")
     options = [f"warps={warps}", f"stages={stages}", "prefetch=1", *extra]
-    return {"block_m": block_m, "block_n": block_n, "options": options}
+    return Config(block_m, block_n, tuple(options))
 
 
 def _half_table(target: Target, rows: int | None) -> tuple[tuple[int, ...], ...]:

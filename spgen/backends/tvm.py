@@ -8,7 +8,7 @@ threads.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +18,18 @@ from torch import Tensor
 from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.tvm_library import compile_elsewhere, load, render_source
 from spgen.errors import DeviceError
+from spgen.ir.config import Config
 from spgen.ir.node import Op
 from spgen.target import Target
-from spgen.templates.tvm.schedule import check, schedule, scratch_size
+from spgen.templates.tvm.schedule import check, default_tiles, scratch_size
 
 _built: dict[tuple[Op, Target], AttentionKernel] = {}
 _lock = threading.Lock()
 
 
-def default_schedule(
-    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None
-) -> Mapping[str, Any]:
-    """`block_m`, `block_n` and `options` of a kernel that fits the target's vector registers, whatever `rows` share."""
-    return schedule(head_dim, value_dim, target)
+def default_config(head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None) -> Config:
+    """A configuration that fits the target's vector registers, whatever `rows` share."""
+    return default_tiles(target)
 
 
 def build(kernel: Op, target: Target) -> AttentionKernel:

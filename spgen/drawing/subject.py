@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from spgen.compile import Lowered, Request, is_packed, lower, lowered
+from spgen.compile import Lowered, is_packed, lower, lowered
 from spgen.drawing.walk import Walk
+from spgen.ir.config import Config
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern
 from spgen.reference import mask
 from spgen.sequences import Sequences
 from spgen.target import Target
+from spgen.tuned import Sizes, request_for
 
 _STRIP = 2**22  # looked up at once
 _ALL_PAIRS = 4 * _STRIP  # of a larger call some rows of each cell are looked up
@@ -111,14 +113,12 @@ class Subject:
         )
         text, target = repr(self.pattern), Target.of(tiling.target)
 
-        def request(packed: bool) -> Request:
-            return Request(text, call, self.q_heads, self.kv_heads, packed, target)
-
-        def chosen(packed: bool) -> Lowered:
-            return lowered(request(packed)) if tiling.size is None else lower(request(packed), *tiling.size, ())
-
-        block_m = chosen(False).kernel["block_m"]
-        return chosen(is_packed(text, self.q_heads, self.kv_heads, self.q_len, block_m))
+        sizes = Sizes(self.batch, self.q_len, self.kv_len, tuple(tensor.shape for tensor in self.pattern.data))
+        request = request_for(text, call, self.q_heads, self.kv_heads, target, sizes)
+        if tiling.size is None:
+            return lowered(request)
+        packed = is_packed(text, self.q_heads, self.kv_heads, self.q_len, tiling.size[0])
+        return lower(replace(request, packed=packed), Config(*tiling.size))
 
     def visited(self, rows: int, cols: int) -> Tensor:
         """Shares of the pairs of each cell that the kernel computes, float [segments, 2, heads, rows, cols].

@@ -5,11 +5,10 @@ Needed at each start, so it imports neither Jinja nor the templates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from spgen.errors import UnsupportedError
+from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.target import Target
@@ -60,11 +59,11 @@ def isa_of(target: Target) -> Isa:
     return _ISAS.get(target.isa, _ISAS["none"])
 
 
-def schedule(head_dim: int, value_dim: int, target: Target) -> Mapping[str, Any]:
-    """`block_m`, `block_n` and `options` that are legal and were best where they were tried."""
+def default_tiles(target: Target) -> Config:
+    """The configuration that was best where no other was measured."""
     isa = isa_of(target)
-    options = [f"key_rows={isa.rows}", f"value_rows={isa.rows}"] if isa.rows else []
-    return {"block_m": isa.block_m, "block_n": 64, "options": options}
+    options = (f"key_rows={isa.rows}", f"value_rows={isa.rows}") if isa.rows else ()
+    return Config(isa.block_m, 64, options)
 
 
 def check(kernel: Op, target: Target) -> None:

@@ -33,8 +33,8 @@ def on_device(case: Case, dtype: torch.dtype) -> Case:
     """The case on the GPU in `dtype`, with the schedule's warps and stages."""
     kernel = case.kernel
     name = str(dtype).removeprefix("torch.")
-    options = backend.default_schedule(kernel["head_dim"], kernel["value_dim"], name, Target.of("cuda"))["options"]
-    case.kernel = with_attributes(kernel, dtype=name, options=tuple(options))
+    options = backend.default_config(kernel["head_dim"], kernel["value_dim"], name, Target.of("cuda")).options
+    case.kernel = with_attributes(kernel, dtype=name, options=options)
     case.q, case.k, case.v = (x.to("cuda", dtype) for x in (case.q, case.k, case.v))
     case.tables = [x.cuda() for x in case.tables]
     if isinstance(case.q_offset, torch.Tensor):
@@ -47,8 +47,8 @@ def on_device(case: Case, dtype: torch.dtype) -> Case:
 
 def tile(dtype: torch.dtype) -> tuple[int, int]:
     name = str(dtype).removeprefix("torch.")
-    chosen = backend.default_schedule(64, 64, name, Target.of("cuda"))
-    return chosen["block_m"], chosen["block_n"]
+    chosen = backend.default_config(64, 64, name, Target.of("cuda"))
+    return chosen.block_m, chosen.block_n
 
 
 def built(case: Case) -> backend.AttentionKernel:
@@ -96,8 +96,8 @@ def test_agrees_with_the_oracle(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_sizes(dtype: torch.dtype, head_dim: int, value_dim: int) -> None:
     name = str(dtype).removeprefix("torch.")
-    chosen = backend.default_schedule(head_dim, value_dim, name, Target.of("cuda"))
-    block_m, block_n = chosen["block_m"], chosen["block_n"]
+    chosen = backend.default_config(head_dim, value_dim, name, Target.of("cuda"))
+    block_m, block_n = chosen.block_m, chosen.block_n
     kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, head_dim=head_dim, value_dim=value_dim)
     case = on_device(Case(kernel, *tensors(2, 4, 2, 200, 333, head_dim, value_dim)), dtype)
     check(case)

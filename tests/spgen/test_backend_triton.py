@@ -13,6 +13,7 @@ from spgen.backends import triton as backend
 from spgen.backends.triton_compile import Variant, _register_cap, arguments, compile_variant, source_path
 from spgen.cache import Cache
 from spgen.errors import CompileError, ToolchainError, UnsupportedError
+from spgen.ir.config import Config
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from spgen.settings import override
@@ -78,19 +79,19 @@ def test_compiling_can_be_forbidden() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("head_dim", [64, 128, 192])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
-def test_default_schedules_are_complete(arch: str, head_dim: int, dtype: str) -> None:
-    chosen = backend.default_schedule(head_dim, head_dim, dtype, Target.of(arch))
-    assert set(chosen) == {"block_m", "block_n", "options"}
-    assert all(option.partition("=")[2].isdecimal() for option in chosen["options"])
+def test_default_configurations_read_back(arch: str, head_dim: int, dtype: str) -> None:
+    chosen = backend.default_config(head_dim, head_dim, dtype, Target.of(arch))
+    assert Config.read(str(chosen)) == chosen
+    assert chosen.option("warps") > 0
 
 
 def test_products_of_float32_can_be_plain() -> None:
     target = Target.of("sm_90")
-    assert "tf32x3=1" in backend.default_schedule(64, 64, "float32", target)["options"]
+    assert "tf32x3=1" in backend.default_config(64, 64, "float32", target).options
     with override(float32="ieee"):
-        chosen = backend.default_schedule(64, 64, "float32", target)
-    assert "tf32x3=1" not in chosen["options"]
-    kernel = with_attributes(causal(chosen["block_m"], chosen["block_n"]).kernel, options=tuple(chosen["options"]))
+        chosen = backend.default_config(64, 64, "float32", target)
+    assert "tf32x3=1" not in chosen.options
+    kernel = with_attributes(causal(chosen.block_m, chosen.block_n).kernel, options=chosen.options)
     source = source_path(kernel)
     assert 'input_precision="ieee"' in source.read_text()
     assert "mma" not in compile_variant(kernel, source, Variant(aligned=True), target).asm["ptx"]
@@ -125,11 +126,9 @@ def test_registers_are_capped_where_it_helps() -> None:
 )
 def test_compiles_ahead_of_time(arch: str, name: str, dtype: str, head_dim: int) -> None:
     target = Target.of(arch)
-    chosen = backend.default_schedule(head_dim, head_dim, dtype, target)
-    kernel = (CASES | MORE_CASES)[name](chosen["block_m"], chosen["block_n"]).kernel
-    kernel = with_attributes(
-        kernel, dtype=dtype, head_dim=head_dim, value_dim=head_dim, options=tuple(chosen["options"])
-    )
+    chosen = backend.default_config(head_dim, head_dim, dtype, target)
+    kernel = (CASES | MORE_CASES)[name](chosen.block_m, chosen.block_n).kernel
+    kernel = with_attributes(kernel, dtype=dtype, head_dim=head_dim, value_dim=head_dim, options=chosen.options)
     variant = Variant(aligned=True, tma=arch in ("sm_90", "sm_100") and dtype != "float32", cu_seqlens_k="i64")
     built = compile_variant(kernel, source_path(kernel), variant, target)
     assert built.metadata.shared <= target.smem_bytes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spgen.backends.extras import Extras
-from spgen.backends.tvm import build, default_schedule
+from spgen.backends.tvm import build, default_config
 from spgen.errors import UnsupportedError
 from spgen.ir.kernel import KERNEL
 from tests.cpu_kernels import ALL_CASES, BLOCK_M, CPU, FLAGS, HAS_AVX512, HAS_PAIRS, OTHERS, check, run, typed
@@ -44,7 +44,7 @@ def test_agrees_with_the_oracle(name: str) -> None:
     ],
 )  # fmt: skip
 def test_narrower_vectors_agree_with_the_oracle(isa: str, name: str) -> None:
-    block_m = default_schedule(64, 64, "float32", OTHERS[isa])["block_m"]
+    block_m = default_config(64, 64, "float32", OTHERS[isa]).block_m
     check(ALL_CASES[name](block_m, 64), OTHERS[isa])
 
 
@@ -65,7 +65,7 @@ def test_masks_by_position_over_types_of_16_bits(dtype: str) -> None:
 @pytest.mark.parametrize("isa", ["avx2", "sse2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_types_of_16_bits_in_narrower_vectors(isa: str, dtype: str) -> None:
-    block_m = default_schedule(64, 64, dtype, OTHERS[isa])["block_m"]
+    block_m = default_config(64, 64, dtype, OTHERS[isa]).block_m
     check(typed(CASES["scalar_offset"](block_m, 64), dtype), OTHERS[isa])
 
 
@@ -113,7 +113,7 @@ def test_every_number_of_16_bits_comes_through(isa: str, dtype: torch.dtype) -> 
     if isa and (isa if isa == "avx512_bf16" else "avx512f") not in FLAGS:
         pytest.skip("another processor")
     target = OTHERS.get(isa, CPU)
-    block_m = default_schedule(64, 64, "float32", target)["block_m"]
+    block_m = default_config(64, 64, "float32", target).block_m
     run_of = segment("0", "kv_len", full=("0", "kv_len"))
     kernel = program(run_of, block_m=block_m, head_dim=16, value_dim=16, dtype=str(dtype).removeprefix("torch."))
     v = ALL_BITS.view(dtype).view(1, 4096, 1, 16)
@@ -234,7 +234,7 @@ def test_softcap_is_accurate_over_all_magnitudes(isa: str) -> None:
     if isa and "avx512f" not in FLAGS:
         pytest.skip("another processor")
     target = OTHERS.get(isa, CPU)
-    block_m = default_schedule(64, 64, "float32", target)["block_m"]
+    block_m = default_config(64, 64, "float32", target).block_m
     kernel = program(segment("0", "kv_len"), block_m=block_m, head_dim=1, value_dim=1, softcap=True)
     scores = torch.cat([torch.logspace(-30, 30, 4001), torch.linspace(0.3, 1.2, 4000)])
     q = torch.cat([scores, -scores, torch.tensor([0.0, math.inf, -math.inf])])[None, None, :, None]

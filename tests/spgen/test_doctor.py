@@ -155,7 +155,7 @@ def test_an_environment_that_cannot_be_read_is_a_finding(monkeypatch: pytest.Mon
     assert (finding.present, finding.remedy) == (False, "unset SPGEN_BACKEND or correct it")
     with override(no_compile=True):
         monkeypatch.undo()
-        assert doctor._settings().found == f"cache_dir={settings().cache_dir}, no_compile=True"
+        assert doctor._settings().found == f"cache_dir={settings().cache_dir}, no_compile=True, records=False"
 
 
 def test_threads_that_cannot_be_shared_are_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

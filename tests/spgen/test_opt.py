@@ -12,6 +12,7 @@ from spgen import opt
 from spgen.cli import ir
 from spgen.compile import LEVEL_1, PIPELINE, Request, lower
 from spgen.errors import TextError, UnsupportedError, VerifyError
+from spgen.ir.config import Config
 from spgen.ir.pattern import read_short
 from spgen.passes.schedule import Call
 from spgen.target import Target
@@ -31,7 +32,7 @@ PATTERNS = [
 def test_all_passes_are_the_compiler(pattern: str, pack: int) -> None:
     call = Call("bfloat16", 96, 80, q_offset="tensor", kv_lengths=True, lse=True)
     request = Request(pattern, call, 8, 2, pack > 1, Target("cpu", "test", "generic"))
-    wanted = lower(request, 64, 32, ("stages=3",))
+    wanted = lower(request, Config(64, 32, ("stages=3",)))
     level_1 = ",".join(one.__name__ for one in LEVEL_1)
     tile = f"tile{{q_heads=8,kv_heads=2,block_m=64,block_n=32,pack={pack}}}"
     schedule = (

@@ -10,7 +10,7 @@ from spgen import settings as module
 from spgen.errors import SpgenError
 from spgen.settings import Settings, c_compiler, cache_home, logger, override, settings, triton_interpreted
 
-NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_FLOAT32", "SPGEN_LOG")
+NAMES = ("SPGEN_CACHE_DIR", "SPGEN_BACKEND", "SPGEN_NO_COMPILE", "SPGEN_FLOAT32", "SPGEN_RECORDS", "SPGEN_LOG")
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +25,14 @@ def test_defaults() -> None:
 
 
 def test_every_variable_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(NAMES, ("~/kernels", "Triton", "yes", "IEEE", "debug"), strict=True):
+    for name, value in zip(NAMES, ("~/kernels", "Triton", "yes", "IEEE", "off", "debug"), strict=True):
         monkeypatch.setenv(name, value)
-    assert settings() == Settings(Path("~/kernels").expanduser(), "triton", True, "ieee", "debug")
+    assert settings() == Settings(Path("~/kernels").expanduser(), "triton", True, "ieee", False, "debug")
+
+
+def test_records_have_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPGEN_RECORDS", "~/tuned")
+    assert settings().records == Path("~/tuned").expanduser()
 
 
 def test_the_environment_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:

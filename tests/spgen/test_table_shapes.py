@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import spgen as sp
 from spgen.compile import Request, lower
+from spgen.ir.config import Config
 from spgen.ir.tiles import table_ops
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern
@@ -23,7 +24,8 @@ def assert_shapes(pattern: Pattern, call: Lengths) -> None:
     levels, builder = lowered_builder(pattern, call)
     sizes = Sizes(
         call.batch, call.q_len, call.kv_len, call.q_heads, call.kv_heads, [t.shape for t in builder.data],
-        call.kv_lengths is not None, isinstance(call.q_offset, torch.Tensor),
+        call.kv_lengths is not None,
+        isinstance(call.q_offset, torch.Tensor) or (call.q_offset is None and call.kv_lengths is not None),
     )  # fmt: skip
     made = {name: tuple(table.shape) for name, table in builder.tables.items()}
     assert table_shapes(table_ops(levels.program), sizes) == made
@@ -34,6 +36,11 @@ def test_kinds(kind: str) -> None:
     assert_shapes(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, block_m=64, block_n=32))
     lengths = torch.tensor([LENGTH, 70])
     assert_shapes(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, 2, kv_lengths=lengths, block_m=16, block_n=64))
+
+
+def test_a_fixed_offset_is_the_same_for_sequences_of_any_length() -> None:
+    pattern = sp.permuted(sp.diagonals(torch.tensor([3, 1])), k=torch.randperm(16))
+    assert_shapes(pattern, Lengths(8, 16, 3, 1, 2, q_offset=0, kv_lengths=torch.tensor([0, 9]), block_m=2, block_n=16))
 
 
 @given(st.data())
@@ -54,7 +61,7 @@ TOKENS, HEADS = 2**20, 32
 def bytes_of(pattern: Pattern) -> int:
     """The size of a plan for a million tokens, 32 query heads on 8 key heads."""
     request = Request(repr(pattern), Call("bfloat16", 128, 128), HEADS, 8, False, Target.of("sm_90"))
-    ops = table_ops(lower(request, 128, 64, ()).program)
+    ops = table_ops(lower(request, Config(128, 64)).program)
     sizes = Sizes(1, TOKENS, TOKENS, HEADS, 8, [t.shape for t in pattern.data])
     shapes = table_shapes(ops, sizes).values()
     return sum(4 * batch * heads * rows * cols for batch, heads, rows, cols in shapes)

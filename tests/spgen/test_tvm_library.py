@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from spgen.backends import tvm_compile, tvm_library
-from spgen.backends.tvm import AttentionKernel, build, default_schedule
+from spgen.backends.tvm import AttentionKernel, build, default_config
 from spgen.errors import CacheWarning, CompileError, DeviceError, ToolchainError
 from spgen.precompile import compile_text
 from spgen.settings import override
@@ -125,7 +125,7 @@ def test_an_object_file_for_another_processor(arch: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["causal", "biased_keys", "packed_lists"])
 def test_vectors_of_another_processor_are_used(arch: str, name: str) -> None:
     target = Target.of(arch)
-    kernel = ALL_CASES[name](default_schedule(64, 64, "float32", target)["block_m"], 64).kernel
+    kernel = ALL_CASES[name](default_config(64, 64, "float32", target).block_m, 64).kernel
     source = tvm_library.render_source(kernel, target, strided=False)
     assembly = tvm_compile.compile_source(source, Path("kernel.py"), target).inspect_source("asm")
     instructions = Counter(re.findall(r"^\t([a-z][\w.]*)", assembly, re.MULTILINE))
@@ -136,7 +136,7 @@ def test_vectors_of_another_processor_are_used(arch: str, name: str) -> None:
 
 def test_a_kernel_for_another_processor_does_not_run_here() -> None:
     target = Target.of("aarch64")
-    kernel = program(segment("0", "kv_len"), block_m=default_schedule(64, 64, "float32", target)["block_m"], lse=False)
+    kernel = program(segment("0", "kv_len"), block_m=default_config(64, 64, "float32", target).block_m, lse=False)
     q = torch.randn(1, 1, 3, 64)
     with pytest.raises(DeviceError, match="aarch64-linux-gnu"):
         build(kernel, target)(q, q, q, torch.empty_like(q), None, (), None, None, 1.0)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from spgen.errors import UnsupportedError
+from spgen.ir.config import Config
 from spgen.target import Target
 from spgen.templates.tvm.attention import attention_source
-from spgen.templates.tvm.schedule import DTYPES, isa_of, key_rows, products, schedule, scratch_size, value_rows
+from spgen.templates.tvm.schedule import DTYPES, default_tiles, isa_of, key_rows, products, scratch_size, value_rows
 from tests.kernel_cases import (
     CASES,
     MORE_CASES,
@@ -96,7 +97,7 @@ def test_a_row_of_the_isa_table_decides_the_tile() -> None:
     source = attention_source(program(*causal_parts(32), block_m=32), AVX2)
     assert "LANES = 8" in source
     assert "scalef" not in source
-    assert schedule(64, 64, AVX2) == {"block_m": 16, "block_n": 64, "options": ["key_rows=6", "value_rows=6"]}
+    assert default_tiles(AVX2) == Config(16, 64, ("key_rows=6", "value_rows=6"))
 
 
 @pytest.mark.parametrize(("value_dim", "rows"), [(64, 4), (80, 5), (50, 5), (7, 6), (128, 6), (1, 6)])

@@ -1,0 +1,195 @@
+"""Which configuration a call's kernel gets: that of the record with the nearest sizes, else its backend's default.
+
+Records come from `spgen autotune`: the user's own (SPGEN_RECORDS), and those that are shipped for common machines. Only
+shapes decide, so nothing is read from a device, and calls of the same shapes always get the same kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spgen.compile import Request, default_config, is_packed, level_1
+from spgen.ir.pattern import read_short, slots
+from spgen.passes.schedule import Call
+from spgen.passes.structure import structure, width
+from spgen.settings import cache_home, logger, settings
+from spgen.target import Target
+
+if TYPE_CHECKING:
+    from spgen.autotune.records import Bucket, Device, Key, Record, Records
+
+_MOST_POWERS = 48
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a call's shapes say: sequences, rows and keys of one (the mean of a packed batch), shapes of the data."""
+
+    batch: int
+    rows: int
+    keys: int
+    shapes: tuple[Sequence[int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a configuration comes from: a record in a file, or (None) the default; `stale` were passed over."""
+
+    record: Record | None = None
+    path: Path | None = None
+    stale: int = 0
+
+    def __str__(self) -> str:
+        passed = f"; {self.stale} of another compiler passed over" if self.stale else ""
+        if self.record is None:
+            return f"default: nothing was measured for such a call{passed}"
+        assert self.path is not None
+        own = self.record
+        sizes = f"{own.bucket.rows} rows x {own.bucket.keys} keys x {own.bucket.heads} heads"
+        return (
+            f"record {own.name or own.key.structure} of {self.path.name}: {sizes}, {own.gain:.2f} x the default there, "
+            f"{len(own.trials)} configurations tried ({own.effort}){passed}"
+        )
+
+
+def request_for(pattern: str, call: Call, q_heads: int, kv_heads: int, target: Target, sizes: Sizes) -> Request:
+    """What the kernel of a call is specialised for, its configuration included."""
+    request = Request(pattern, call, q_heads, kv_heads, False, target)
+    packed = is_packed(pattern, q_heads, kv_heads, sizes.rows, default_config(request).block_m)
+    request = replace(request, packed=packed)
+    record = choice(request, sizes).record
+    return request if record is None else replace(request, config=record.config)
+
+
+def choice(request: Request, sizes: Sizes) -> Choice:
+    """The record that a request's configuration comes from."""
+    if not settings().records:
+        return Choice()
+    wanted = key_of(request)
+    # sizes are looked at only where they matter: under torch.compile they may be symbols, which would become numbers
+    known = _candidates(request.target, wanted)
+    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target)) if known else Choice()
+
+
+def _nearest(known: Sequence[tuple[Path, Records]], key: Key, bucket: Bucket, toolchain: str) -> Choice:
+    """Of files that are as good the first one's: the user's come before the shipped."""
+    best, stale = Choice(), 0
+    for path, records in known:
+        record, passed = records.nearest(key, bucket, toolchain)
+        stale += passed
+        if record is None:
+            continue
+        if best.record is None or record.bucket.distance(bucket) < best.record.bucket.distance(bucket):
+            best = Choice(record, path)
+    return replace(best, stale=stale)
+
+
+def key_of(request: Request) -> Key:
+    """The kind of a request's kernel. What a plan does not know is not part of it: a plan and its call must agree."""
+    from spgen.autotune.records import Key
+
+    call = request.call
+    return Key(
+        _structure(request.pattern), call.dtype, call.head_dim, call.value_dim, request.packed
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _structure(pattern: str) -> str:
+    return structure(level_1(read_short(pattern)))
+
+
+def bucket_of(request: Request, sizes: Sizes) -> Bucket:
+    """The sizes of a call as powers of two."""
+    from spgen.autotune.records import Bucket
+
+    node = read_short(request.pattern)
+    keys = _power(sizes.keys)
+    shapes = {
+        slot.index: [_power(size) for size in shape] for slot, shape in zip(slots(node), sizes.shapes, strict=False)
+    }
+    listed = 0 if len(shapes) < len(slots(node)) else width(level_1(node), keys, shapes)
+    return Bucket(_power(sizes.rows), keys, _power(sizes.batch * request.q_heads), listed and _power(listed))
+
+
+def _power(size: int) -> int:
+    """The power of two nearest to a size, in ratio; only compared, so a symbol stays one."""
+    for n in range(_MOST_POWERS):
+        if 5 * size < 7 * 2**n:
+            return 1 << n
+    return 1 << _MOST_POWERS
+
+
+def toolchain(target: Target) -> str:
+    """The compiler whose kernels were measured: others may make them faster or slower."""
+    package = "apache-tvm" if target.kind == "cpu" else "triton"
+    return f"{package} {'.'.join(_version(package).split('.')[:2])}"
+
+
+@lru_cache(maxsize=4)
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def device_of(target: Target) -> Device:
+    """Whose records a target's are: a GPU's by its name, a CPU's by its vector extension."""
+    from spgen.autotune.records import Device
+
+    if target.kind == "cpu":
+        return Device("cpu", target.isa or target.arch, target.triple or target.arch)
+    return Device(target.kind, target.name, target.arch)
+
+
+def user_records() -> Path:
+    """The directory of the user's own records."""
+    given = settings().records
+    return given if isinstance(given, Path) else cache_home() / "spgen" / "records"
+
+
+def _candidates(target: Target, key: Key) -> tuple[tuple[Path, Records], ...]:
+    """Files with records of the kind: those of this device, else those of its architecture; the user's first."""
+    device = device_of(target)
+    known = [one for one in _all_records(user_records()) if any(record.key == key for record in one[1])]
+    for agrees in (_is_same, _is_like):
+        found = tuple((path, records) for path, records in known if agrees(records.device, device))
+        if found:
+            return found
+    return ()
+
+
+def _is_same(one: Device, other: Device) -> bool:
+    """Names may carry the maker's before them, as NVIDIA H200."""
+    ends = one.name.endswith(other.name) or other.name.endswith(one.name)
+    return one.kind == other.kind and one.arch == other.arch and ends
+
+
+def _is_like(one: Device, other: Device) -> bool:
+    return one.kind == other.kind and one.arch == other.arch and one.kind != "cpu"
+
+
+@lru_cache(maxsize=8)
+def _all_records(directory: Path) -> tuple[tuple[Path, Records], ...]:
+    """All record files; one that cannot be read is left out with a warning."""
+    from spgen.autotune.records import SHIPPED, Records, files
+    from spgen.errors import RecordError
+
+    found = []
+    for path in files([directory, SHIPPED]):
+        try:
+            found.append((path, Records.load(path)))
+        except RecordError as fault:  # noqa: PERF203
+            logger().warning("%s", fault)
+    return tuple(found)
+
+
+def forget() -> None:
+    """Read the record files again at the next call; kernels that are already chosen stay."""
+    _all_records.cache_clear()
