@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,7 @@ class Record:
     gain: float = 1.0  # time of the default over that of the winner, measured in turns
     trials: Mapping[Config, Trial] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    case: Mapping[str, Any] = field(default_factory=dict)  # the workload's case, as it was given
 
     @property
     def identity(self) -> tuple[Key, Bucket]:
@@ -103,6 +104,7 @@ class Record:
         return plain | {
             "key": asdict(self.key), "bucket": asdict(self.bucket), "default": str(self.default),
             "config": str(self.config), "gain": round(self.gain, 4), "trials": trials, "facts": dict(self.facts),
+            "case": dict(self.case),
         }  # fmt: skip
 
     @staticmethod
@@ -221,11 +223,6 @@ class Records:
 
 def _rank(record: Record) -> tuple[int, str]:
     return (EFFORTS.index(record.effort) if record.effort in EFFORTS else -1), record.when
-
-
-def unfinished(record: Record) -> Record:
-    """The same measurements, open again."""
-    return replace(record, effort="")
 
 
 def files(directories: Sequence[Path]) -> list[Path]:

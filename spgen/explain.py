@@ -161,6 +161,12 @@ def _all_pairs(builder: Builder) -> int:
 
 def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     """The tiles of each segment, summed over sequences, heads and row tiles."""
+    found = zip(parts(levels.kernel, "segment"), tiles_of_programs(levels, builder), strict=True)
+    return [Counts(op["name"], int(full.sum()), int(masked.sum()), op["contiguous"]) for op, (full, masked) in found]
+
+
+def tiles_of_programs(levels: Lowered, builder: Builder) -> list[tuple[Tensor, Tensor]]:
+    """Whole and masked tiles of each segment, integers [sequences, heads, row tiles]."""
     kernel, program = levels.kernel, levels.program
     tiles = builder.sequences.tiles(program["row_tile"])
     heads = "kv" if levels.pack > 1 else "q"
@@ -178,17 +184,18 @@ def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]
 
 
-def _count(segment: Op, block_n: int, value: Any) -> Counts:
+def _count(segment: Op, block_n: int, value: Any) -> tuple[Tensor, Tensor]:
     def tiles(length: Tensor) -> Tensor:
         return torch.div(length + (block_n - 1), block_n, rounding_mode="floor")
 
     start, stop = value(segment["start"]), value(segment["stop"])
     if segment["full_start"] is None:
-        return Counts(segment["name"], 0, int(tiles(stop - start).sum()), segment["contiguous"])
+        masked = tiles(stop - start)
+        return torch.zeros_like(masked), masked
     first, last = value(segment["full_start"]), value(segment["full_stop"])
     full = torch.div(last - first, block_n, rounding_mode="floor")
     masked = tiles(first - start) + tiles(stop - first - full * block_n)
-    return Counts(segment["name"], int(full.sum()), int(masked.sum()), segment["contiguous"])
+    return full, masked
 
 
 def count_pairs(terms: Op, builder: Builder) -> int | None:

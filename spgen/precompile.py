@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spgen.compile import compiled
+from spgen.compile import Request, compiled
 from spgen.errors import ToolchainError
 from spgen.passes.schedule import Call
 from spgen.target import Target
 from spgen.tuned import Sizes, request_for
-
-_TENSOR_MAPS_FROM = 90  # sm_90 and later can bring tiles through tensor descriptors
 
 
 def compile_text(
@@ -26,9 +24,7 @@ def compile_text(
     chosen = Target.of(target)
     batch, q_heads, q_len, head_dim = q_shape
     call, sizes = Call(dtype, head_dim, v_dim), Sizes(batch, q_len, kv_len)
-    kernel = compiled(request_for(pattern_text, call, q_heads, kv_heads, chosen, sizes)).kernel
-    if chosen.kind == "cuda":
-        _compile_binaries(kernel, chosen)
+    kernel = compile_request(request_for(pattern_text, call, q_heads, kv_heads, chosen, sizes), all_variants=True)
     if kernel.path is None:
         raise ToolchainError(
             "linker", given="none", allowed="ld and a C compiler, to keep kernels on disk",
@@ -37,10 +33,13 @@ def compile_text(
     return Path(kernel.path).with_name("kernel.o") if chosen.triple else Path(kernel.path)
 
 
-def _compile_binaries(kernel: Any, target: Target) -> None:
-    """The variants that contiguous tensors need."""
-    from spgen.backends.triton_compile import Variant, binary
+def compile_request(request: Request, *, all_variants: bool = False) -> Any:
+    """The kernel of a request, with the binaries that contiguous tensors need in the cache; no device is needed."""
+    kernel = compiled(request).kernel
+    if request.target.kind == "cuda":
+        from spgen.backends.triton_compile import Variant, binary, wants_tensor_maps
 
-    binary(kernel.kernel, kernel.path, Variant(aligned=True), target)
-    if int(target.arch.removeprefix("sm_")) >= _TENSOR_MAPS_FROM:
-        binary(kernel.kernel, kernel.path, Variant(aligned=True, tma=True), target)
+        mapped = wants_tensor_maps(kernel.kernel, request.target)
+        for tma in [True, False][not mapped : 2 if all_variants or not mapped else 1]:
+            binary(kernel.kernel, kernel.path, Variant(aligned=True, tma=tma), request.target)
+    return kernel

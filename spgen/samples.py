@@ -26,16 +26,16 @@ class Sizes:
     kv_len: int
 
 
-def random_data(node: Op, density: float, seed: int, sizes: Sizes) -> dict[int, Tensor]:
+def random_data(node: Op, density: float, seed: int, sizes: Sizes, run: int = 1) -> dict[int, Tensor]:
     """A tensor for each slot of `node`, by the slot's number.
 
     `density` is the share that is listed: of blocks, columns or distances; there are 1/density documents; orders are
-    random permutations, and n_of_m keeps n of each m. The same seed gives the same data. Raises PatternError unless
-    density lies in (0, 1].
+    random permutations, and n_of_m keeps n of each m. What is listed comes in runs of `run` neighbours. The same seed
+    gives the same data. Raises PatternError unless density lies in (0, 1].
     """
     if not 0 < density <= 1:
         raise PatternError("density", given=density, allowed="a share in (0, 1]", remedy="for example 0.1")
-    draw = _Draw(density, torch.Generator().manual_seed(seed), sizes)
+    draw = _Draw(density, torch.Generator().manual_seed(seed), sizes, run)
     found: dict[int, Tensor] = {}
     for op, name, slot in places(node):
         if slot.index in found:
@@ -52,6 +52,7 @@ class _Draw:
     density: float
     generator: torch.Generator
     sizes: Sizes
+    run: int = 1
 
     def tensor(self, op: Op, name: str, slot: Slot) -> Tensor:
         """Data for one slot; sizes that the slot does not fix follow from the call."""
@@ -91,7 +92,9 @@ class _Draw:
 
     def _distinct(self, lead: tuple[int, ...], units: int, count: int) -> Tensor:
         """`count` different numbers below `units` in ascending order; padded with -1 where there are fewer."""
-        found = self._rand(*lead, units).argsort(-1)[..., :count].sort(-1).values
+        run = min(self.run, max(units, 1))
+        starts = self._rand(*lead, units // run).topk(min(-(-count // run), units // run)).indices * run
+        found = (starts[..., None] + torch.arange(run)).flatten(-2).sort(-1).values[..., :count]
         return torch.nn.functional.pad(found, (0, count - found.shape[-1]), value=-1)
 
     def _list(self, op: Op, name: str, lead: tuple[int, ...], own: tuple[int | str, ...]) -> Tensor:

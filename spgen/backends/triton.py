@@ -20,7 +20,15 @@ from torch import Tensor
 from spgen.backends import triton_plan
 from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton_binary import Binary, load_source
-from spgen.backends.triton_compile import ELEMENT_BYTES, Variant, arguments, binary, constants_of, source_path
+from spgen.backends.triton_compile import (
+    ELEMENT_BYTES,
+    Variant,
+    arguments,
+    binary,
+    constants_of,
+    source_path,
+    wants_tensor_maps,
+)
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
 from spgen.backends.triton_schedule import default_config as default_config
 from spgen.errors import ShapeError, ToolchainError
@@ -175,14 +183,7 @@ class AttentionKernel:
 
     @cached_property
     def _may_use_tensor_maps(self) -> bool:
-        """Whether K and V can come through tensor descriptors: rows of a tile adjacent, hardware from sm_90 on."""
-        return (
-            int(self.target.arch.removeprefix("sm_")) >= 90
-            and option(self.kernel, "tma", 1) == 1
-            and any(op["contiguous"] and op["key"] is None for op in parts(self.kernel, "segment"))
-            and self.kernel["block_n"] <= 256
-            and driver().has_tensor_maps
-        )
+        return wants_tensor_maps(self.kernel, self.target) and driver().has_tensor_maps
 
     def _tensor_maps(self, variant: Variant, changing: list[int], k: Tensor, v: Tensor) -> list[TensorMap]:
         item = ELEMENT_BYTES[self.dtype]

@@ -15,7 +15,7 @@ from typing import Any
 from spgen.backends import triton_binary
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.errors import CompileError
-from spgen.ir.kernel import option
+from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.triton import attention
@@ -24,6 +24,8 @@ ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _REGISTERS = 64 * 1024  # of a multiprocessor
 _VECTOR = 16  # bytes that one load instruction moves
+_TENSOR_MAPS_FROM = 90  # sm_90 and later can bring tiles through tensor descriptors
+_LARGEST_BOX = 256  # rows that a descriptor brings at once
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,17 @@ class Variant:
     cu_seqlens_q: str = "i32"
     cu_seqlens_k: str = "i32"
     wide: bool = False
+
+
+def wants_tensor_maps(kernel: Op, target: Target) -> bool:
+    """Whether K and V can come through tensor descriptors: rows of a tile adjacent, hardware from sm_90 on."""
+    return (
+        target.kind == "cuda"
+        and int(target.arch.removeprefix("sm_")) >= _TENSOR_MAPS_FROM
+        and option(kernel, "tma", 1) == 1
+        and any(op["contiguous"] and op["key"] is None for op in parts(kernel, "segment"))
+        and kernel["block_n"] <= _LARGEST_BOX
+    )
 
 
 def source_path(kernel: Op) -> Path:

@@ -1,0 +1,146 @@
+"""The search space: which configurations a kernel can have, before any is compiled.
+
+A space is a set of axes. Those named `block_m` and `block_n` are tiles, all others options of the backend; an option's
+value of `UNSET` leaves it out. What cannot fit the target is not in the space at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+
+from spgen.ir.config import Config
+from spgen.target import Target
+
+UNSET = -1
+_TILES = ("block_m", "block_n")
+_REGISTER_FILE = 64 * 1024  # 32-bit registers of a multiprocessor
+_MOST_REGISTERS = 255  # of a thread
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a space depends on, beside the target: types and sizes of a call, and what its segments are made of.
+
+    `group` query heads share a row tile (1: none do); `rows` are those of a sequence; `listed`: columns come from
+    tables; `masked`: some tiles are masked by more than lengths.
+    """
+
+    dtype: str
+    head_dim: int
+    value_dim: int
+    group: int = 1
+    rows: int = 4096
+    listed: bool = False
+
+
+@dataclass(frozen=True)
+class Space:
+    """Axes and what they must obey together. Iterating gives every legal configuration, the default first."""
+
+    default: Config
+    axes: Mapping[str, tuple[int, ...]]
+    is_legal: Callable[[Config], bool]
+
+    def __iter__(self) -> Iterator[Config]:
+        yield self.default
+        seen = {self.default}
+        for values in product(*self.axes.values()):
+            config = self._made(dict(zip(self.axes, values, strict=True)))
+            if config not in seen and self.is_legal(config):
+                seen.add(config)
+                yield config
+
+    def neighbours(self, config: Config) -> list[Config]:
+        """The legal configurations that differ from this one in a single axis."""
+        own = {name: self._value(config, name) for name in self.axes}
+        found = [
+            self._made({**own, name: value})
+            for name, values in self.axes.items() for value in values if value != own[name]
+        ]  # fmt: skip
+        return [other for other in dict.fromkeys(found) if other != config and self.is_legal(other)]
+
+    def _value(self, config: Config, name: str) -> int:
+        return int(getattr(config, name)) if name in _TILES else config.option(name, UNSET)
+
+    def _made(self, values: Mapping[str, int]) -> Config:
+        options = {name: None if value == UNSET else value for name, value in values.items() if name not in _TILES}
+        return self.default.having(block_m=values["block_m"], block_n=values["block_n"], **options)
+
+
+def space_of(kernel: Kernel, target: Target, default: Config) -> Space:
+    """The space of attention kernels on a target; `default` is in it whatever the rules say."""
+    axes = _cpu_axes(kernel, target) if target.kind == "cpu" else _gpu_axes(kernel, target)
+    legal = _cpu_rule(kernel, target) if target.kind == "cpu" else _gpu_rule(kernel, target)
+    return Space(default, {name: _with(values, default, name) for name, values in axes.items()}, legal)
+
+
+def _with(values: tuple[int, ...], default: Config, name: str) -> tuple[int, ...]:
+    """The values of an axis, that of the default among them."""
+    own = getattr(default, name) if name in _TILES else default.option(name, UNSET)
+    return tuple(dict.fromkeys((*values, int(own))))
+
+
+def _gpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
+    tall = tuple(rows for rows in (16, 32, 64, 128) if rows >= kernel.group and rows < 4 * kernel.group * kernel.rows)
+    hopper = target.kind == "cuda" and target.arch in ("sm_90", "sm_100", "sm_120")
+    return {
+        "block_m": tall or (max(16, kernel.group),),
+        "block_n": (32, 64, 128),
+        "warps": (4, 8) if target.kind == "cuda" else (2, 4, 8),
+        "stages": (1, 2, 3, 4) if target.kind == "cuda" else (1, 2),
+        "registers": (UNSET, 80, 96, 128, 168) if target.kind == "cuda" else (UNSET,),
+        "prefetch": (0, 1) if kernel.listed else (1,),
+        "masked_stages": (UNSET, 1),
+        "tma": (UNSET, 0) if hopper else (UNSET,),
+    }
+
+
+def _gpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
+    size = 4 if kernel.dtype == "float32" else 2
+    lanes = _padded(kernel.head_dim), _padded(kernel.value_dim)
+
+    def is_legal(config: Config) -> bool:
+        warps, stages = config.option("warps", 4), config.option("stages", 2)
+        threads = 32 * warps if target.kind == "cuda" else 64 * warps
+        if config.option("masked_stages", UNSET) >= stages:
+            return False
+        tiles = stages * config.block_n * sum(lanes) * size
+        if target.smem_bytes and tiles + config.block_m * lanes[0] * size > target.smem_bytes:
+            return False
+        if config.block_m * warps < 64 or config.block_m < 16 * warps // 2:  # a warp multiplies 16 rows
+            return False
+        held = config.block_m * (lanes[1] + config.block_n) // threads  # accumulators and scores of a thread
+        cap = config.option("registers", UNSET)
+        if held > _MOST_REGISTERS - 24:
+            return False
+        # a cap is for programs that share a multiprocessor, and no use below what a thread must hold
+        return cap == UNSET or (held + 24 <= cap and 2 * cap * threads <= _REGISTER_FILE)
+
+    return is_legal
+
+
+def _cpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
+    lanes = target.simd
+    return {
+        "block_m": tuple(lanes * n for n in (1, 2, 3, 4, 6) if lanes * n <= 96 and lanes * n >= kernel.group),
+        "block_n": tuple(n for n in (16, 32, 48, 64, 96) if n % lanes == 0),
+        "key_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
+        "value_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
+    }
+
+
+def _cpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
+    def is_legal(config: Config) -> bool:
+        vectors = config.block_m // target.simd
+        rows = [config.option(name, UNSET) for name in ("key_rows", "value_rows")]
+        # accumulators, the vectors of queries and a broadcast operand share the register file
+        return all(one == UNSET or one * vectors + vectors + 1 <= target.registers for one in rows)
+
+    return is_legal
+
+
+def _padded(size: int) -> int:
+    """Channels as the templates hold them: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())

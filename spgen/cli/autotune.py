@@ -1,0 +1,211 @@
+"""The command autotune: search, resume, rank without the device, and say how good the predictions are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from spgen.cli.options import CallOptions, with_groups
+from spgen.errors import DeviceError, WorkloadError
+
+if TYPE_CHECKING:
+    from spgen.autotune.records import Record, Records
+    from spgen.autotune.workloads import Case
+    from spgen.target import Target
+    from spgen.tune import Place
+
+
+class Effort(str, Enum):
+    """How much is tried."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+@with_groups
+def autotune(
+    call: CallOptions,
+    pattern: Annotated[str | None, typer.Argument(help="One pattern, tuned for --q and the other options.")] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option("--workload", "-w", help="A named workload, or a JSON file; may be repeated.")
+    ] = None,
+    effort: Annotated[Effort, typer.Option(help="How much is tried.")] = Effort.standard,
+    density: Annotated[float, typer.Option(help="Share of blocks, columns … drawn for the pattern's slots.")] = 0.1,
+    devices: Annotated[str, typer.Option(help="GPUs side by side: 0,1 or all.")] = "0",
+    records: Annotated[Path | None, typer.Option(help="The file to keep results in.")] = None,
+    merge: Annotated[list[Path] | None, typer.Option(help="Only take over the records of this file.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List the named workloads.")] = False,
+) -> None:
+    """Find the fastest configuration of each kernel by measuring, and remember it.
+
+    Later calls of the same kind and about the same sizes use what was found. Interrupted, it goes on where it stopped;
+    what is finished is not measured again.
+    """
+    from spgen.autotune import workloads
+    from spgen.target import Target
+
+    if show:
+        for name, about in workloads.named().items():
+            print(f"{name:20} {about}")
+        return
+    target = Target.of(call.target)
+    path = records or _own_file(target)
+    known = _records(path, target)
+    if merge:
+        _merge(known, path, merge)
+        return
+    cases = [case for name in workload or [] for case in workloads.load(name)]
+    cases += [_case(pattern, call, density)] if pattern else []
+    if not cases:
+        raise WorkloadError(
+            "autotune", given="nothing to tune", allowed="--workload NAME, or a pattern",
+            remedy="spgen autotune --list shows the named workloads",
+        )  # fmt: skip
+    known.save(path)  # a file that cannot be written is told before minutes of work, not after
+    done = [record for case in cases if (record := _finished(known, case, target, effort)) is not None]
+    left = [case for case in cases if _finished(known, case, target, effort) is None]
+    found = [*done, *(_run(left, target, known, path, effort.value, devices) if left else [])]
+    _show(found, path)
+
+
+def _own_file(target: Target) -> Path:
+    from spgen.tuned import device_of, user_records
+
+    return user_records() / f"{device_of(target).slug}.json"
+
+
+def _records(path: Path, target: Target) -> Records:
+    from spgen.autotune.records import Records
+    from spgen.tuned import device_of
+
+    return Records.load(path) if path.exists() else Records(device_of(target))
+
+
+def _merge(known: Records, path: Path, others: Sequence[Path]) -> None:
+    from spgen.autotune.records import Records
+    from spgen.errors import RecordError
+
+    for other in others:
+        theirs = Records.load(other)
+        if theirs.device != known.device:
+            raise RecordError(
+                str(other), given=f"records of {theirs.device.name} ({theirs.device.arch})",
+                allowed=f"records of {known.device.name} ({known.device.arch})", remedy="say which with --target",
+            )  # fmt: skip
+        print(f"{known.merge(theirs)} of {len(theirs)} records taken from {other}")
+    known.save(path)
+
+
+def _case(pattern: str, call: CallOptions, density: float) -> Case:
+    from spgen.autotune.workloads import Case
+
+    batch, heads, rows, channels = call.q_shape
+    return Case(
+        pattern, pattern, heads, rows, channels, batch, call.kv_heads, call.kv_len, call.v_dim, call.dtype, density
+    )
+
+
+def _finished(known: Records, case: Case, target: Target, effort: Effort) -> Record | None:
+    """The record of a case that needs no more work."""
+    from dataclasses import asdict
+
+    from spgen.autotune.records import EFFORTS
+    from spgen.tuned import toolchain
+
+    for record in known:
+        enough = record.effort and EFFORTS.index(record.effort) >= EFFORTS.index(effort.value)
+        if enough and record.case == asdict(case) and record.toolchain == toolchain(target):
+            return record
+    return None
+
+
+def _run(cases: Sequence[Case], target: Target, known: Records, path: Path, effort: str, devices: str) -> list[Record]:
+    """Tune on the devices of this machine, with a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from spgen.tune import Session
+
+    found: list[Record] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        whole = progress.add_task("cases", total=len(cases))
+        tasks = {}
+
+        def said(case: Case, what: str, done: int, total: int) -> None:
+            if case.name not in tasks:
+                tasks[case.name] = progress.add_task(case.name)
+            progress.update(tasks[case.name], description=f"{case.name}: {what}", completed=done, total=total)
+
+        def finished(case: Case, result: Record | str) -> None:
+            progress.advance(whole)
+            if case.name in tasks:
+                progress.remove_task(tasks.pop(case.name))
+            if isinstance(result, str):
+                progress.console.print(f"skipped {case.name}: {result}", markup=False, highlight=False)
+            else:
+                found.append(result)
+
+        session = Session(cases, _places(target, devices), known, path, effort, said, finished)
+        try:
+            session.run()
+        except KeyboardInterrupt:
+            progress.console.print(f"interrupted; what was measured is in {path}, the same command goes on")
+            raise typer.Exit(130) from None
+    if session.faults and not found:
+        raise typer.Exit(1)
+    return found
+
+
+def _places(target: Target, devices: str) -> list[Place]:
+    """The devices of this machine that are the target. Raises DeviceError where there is none."""
+    import torch
+
+    from spgen.target import Target
+    from spgen.tune import Place
+
+    if target.kind == "cpu":
+        here = Target.of("cpu")
+        if target.triple:
+            raise DeviceError("target", given=target.name, allowed="this machine's CPU", remedy="say --offline")
+        return [Place(here, torch.device("cpu"))]
+    count = torch.cuda.device_count()
+    wanted = range(count) if devices == "all" else [int(one) for one in devices.split(",") if one.strip().isdecimal()]
+    places = [Place(Target.of(f"cuda:{n}"), torch.device("cuda", n)) for n in wanted if n < count]
+    fitting = [
+        place for place in places if place.target.arch == target.arch and place.target.name.endswith(target.name)
+    ]
+    if not fitting:
+        there = ", ".join(place.target.name for place in places) or "no GPU"
+        raise DeviceError(
+            "target", given=f"{target.name}, and here is {there}", allowed="a device of this machine",
+            remedy="say --offline to compile and rank for a device that is elsewhere",
+        )  # fmt: skip
+    return fitting
+
+
+def _show(found: Sequence[Record], path: Path) -> None:
+    from math import exp, log
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for name in ("call", "configuration", "time", "default", "gain", "tried", "effort"):
+        table.add_column(name, justify="left" if name in ("call", "configuration") else "right")
+    for record in found:
+        seconds = record.trials[record.config].seconds
+        table.add_row(
+            record.name, str(record.config), f"{seconds * 1e3:.3f} ms", f"{seconds * record.gain * 1e3:.3f} ms",
+            f"{record.gain:.3f}", str(len(record.trials)), record.effort,
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    if found:
+        mean = exp(sum(log(record.gain) for record in found) / len(found))
+        console.print(f"{mean:.3f} x the default in geometric mean; kept in {path}", soft_wrap=True)
