@@ -178,7 +178,7 @@ def tiles_of_programs(levels: Lowered, builder: Builder) -> list[tuple[Tensor, T
             env[let["name"]] = builder.evaluate(let["value"], env, heads, 1)
 
     def value(node: Expr) -> Tensor:
-        found = torch.as_tensor(builder.evaluate(node, env, heads, 1))
+        found = torch.as_tensor(builder.evaluate(node, env, heads, 1), device=builder.device)
         return found.expand(whole) if found.dim() in (0, 3) else found
 
     return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]
