@@ -262,7 +262,7 @@ def _work_of(levels: Lowered, builder: Builder, case: Case, moved: float) -> Wor
     gathered = sum(
         int((whole + part).sum()) for op, (whole, part) in zip(runs, found, strict=True) if not op["contiguous"]
     )
-    each = sum((whole + part for whole, part in found), torch.zeros(1, 1, 1))
+    each = sum((whole + part for whole, part in found), torch.zeros((), dtype=torch.int64))
     pairs = (full + masked) * levels.kernel["block_m"] * levels.kernel["block_n"]
     return Work(
         case.dtype, case.head_dim, case.value_dim, each.numel(), full, masked, gathered, int(each.max()),
