@@ -21,10 +21,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from spgen import targets
 from spgen.cache import Cache
 from spgen.errors import SpgenError
 from spgen.settings import Settings, c_compiler, settings, triton_interpreted
-from spgen.target import GPU_ARCHS, Target, _cache_bytes, _cpuinfo
+from spgen.target import Target, _cache_bytes, _cpuinfo
 
 # the processor's flags that say which products it adds up, and in which type
 _FMA_FLAGS = {
@@ -285,7 +286,7 @@ def _gpus() -> Iterator[Finding]:
         text = f"{gpu}, {memory >> 30} GB, {gpu.smem_bytes // 1024} KB of shared memory a block, driver {driver or '?'}"
         details = {"name": gpu.name, "arch": gpu.arch, "multiprocessors": gpu.cores, "memory_bytes": memory,
                    "smem_bytes": gpu.smem_bytes, "driver": driver}  # fmt: skip
-        text += "" if gpu.arch in GPU_ARCHS else f"; no kernels are tuned for {gpu.arch}"
+        text += "" if gpu.arch in targets.table("gpu") else f"; no kernels are tuned for {gpu.arch}"
         yield Finding("GPU", True, text, details=details)
 
 

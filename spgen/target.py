@@ -1,7 +1,7 @@
 """What the compiler knows about the machine a kernel is for.
 
-A :class:`Target` is a value: its text is part of the cache key, and the cost model reads its numbers. Peaks are
-the arithmetic limit of the data sheet (dense, no structured sparsity), in FLOP/s; bandwidths in bytes/s.
+A :class:`Target` is a value: its text is part of the cache key, and the cost model reads its numbers, which come from
+the machine and from the descriptions in `spgen/targets`. Peaks are in FLOP/s, bandwidths in bytes/s.
 A number that is not known is 0: whoever uses it then has to do without a prediction.
 """
 
@@ -9,68 +9,17 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from spgen import targets
 from spgen.errors import DeviceError, ToolchainError
 
 KINDS = ("cpu", "cuda", "hip")
-_T = 1e12
 _KB = 1024
-
-# Shared memory is what one block may opt into, not what the SM has. Every configuration must fit the smallest
-# (99 KB on sm_86, sm_89 and sm_120; 64 KB of LDS on gfx942).
-GPU_ARCHS: dict[str, dict[str, Any]] = {
-    "sm_75": {"smem_bytes": 64 * _KB, "max_warps": 32},
-    "sm_80": {"smem_bytes": 163 * _KB, "max_warps": 64},
-    "sm_86": {"smem_bytes": 99 * _KB, "max_warps": 48},
-    "sm_89": {"smem_bytes": 99 * _KB, "max_warps": 48},
-    "sm_90": {"smem_bytes": 227 * _KB, "max_warps": 64},
-    "sm_100": {"smem_bytes": 227 * _KB, "max_warps": 64},
-    "sm_120": {"smem_bytes": 99 * _KB, "max_warps": 48},
-    "gfx942": {"smem_bytes": 64 * _KB, "max_warps": 32, "warp_size": 64},
-}
-
-# name: (arch, multiprocessors, bandwidth, L2 bytes, tensor-core peak of 16-bit types, of tf32, plain fp32)
-_GPUS: dict[str, tuple[str, int, float, int, float, float, float]] = {
-    "A100-SXM4-40GB": ("sm_80", 108, 1.56e12, 40 << 20, 312 * _T, 156 * _T, 19.5 * _T),
-    "A100-SXM4-80GB": ("sm_80", 108, 2.04e12, 40 << 20, 312 * _T, 156 * _T, 19.5 * _T),
-    "A10": ("sm_86", 72, 0.60e12, 6 << 20, 125 * _T, 62.5 * _T, 31.2 * _T),
-    "RTX 3090": ("sm_86", 82, 0.94e12, 6 << 20, 71 * _T, 35.6 * _T, 35.6 * _T),
-    "L4": ("sm_89", 58, 0.30e12, 48 << 20, 121 * _T, 60 * _T, 30.3 * _T),
-    "L40S": ("sm_89", 142, 0.86e12, 96 << 20, 362 * _T, 183 * _T, 91.6 * _T),
-    "RTX 4090": ("sm_89", 128, 1.01e12, 72 << 20, 165 * _T, 82.6 * _T, 82.6 * _T),
-    "H100 80GB HBM3": ("sm_90", 132, 3.35e12, 50 << 20, 989 * _T, 494 * _T, 67 * _T),
-    "H100 PCIe": ("sm_90", 114, 2.04e12, 50 << 20, 756 * _T, 378 * _T, 51 * _T),
-    "H200": ("sm_90", 132, 4.8e12, 60 << 20, 989 * _T, 494 * _T, 67 * _T),
-    "B200": ("sm_100", 148, 8.0e12, 126 << 20, 2250 * _T, 1125 * _T, 80 * _T),
-    "MI300X": ("gfx942", 304, 5.3e12, 4 << 20, 1307 * _T, 653 * _T, 163 * _T),
-}
-
-# ISA: (LLVM's mcpu, what is there beyond it, fp32 lanes, vector registers)
-_ISAS: dict[str, tuple[str, str, int, int]] = {
-    "avx512_bf16": ("x86-64-v4", "+avx512bf16", 16, 32),
-    "avx512": ("x86-64-v4", "", 16, 32),
-    "avx2": ("x86-64-v3", "", 8, 16),
-    "neon": ("generic", "", 4, 32),
-    "rvv": ("generic-rv64", "+m +a +f +d +c +v", 4, 32),
-    "sse2": ("x86-64", "", 4, 16),
-    "none": ("generic", "", 4, 16),
-}
-# processors to compile for that are elsewhere: (LLVM's triple, ISA)
-CPU_ARCHS: dict[str, tuple[str, str]] = {
-    "aarch64": ("aarch64-linux-gnu", "neon"),
-    "riscv64": ("riscv64-linux-gnu", "rvv"),
-    "x86-64": ("x86_64-linux-gnu", "sse2"),
-    "x86-64-v3": ("x86_64-linux-gnu", "avx2"),
-    "x86-64-v4": ("x86_64-linux-gnu", "avx512"),
-}
-# no system states its memory's bandwidth: what one core of common servers moves, and what a socket does
-_CORE_BANDWIDTH = 20e9
-_SOCKET_BANDWIDTH = 200e9
 # features are those of /proc/cpuinfo
 _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # together: x86-64-v4
 # Whose processors multiply pairs of bf16 faster than fp32: AMD's Zen 5 twice as fast. Intel's take two cycles for each
@@ -87,7 +36,9 @@ class Target:
     not here: kernels for it are compiled, and run elsewhere. `cores` are cores or
     multiprocessors, `simd` the fp32 lanes of a vector register (a warp's threads on a GPU), `registers` the vector
     registers of a core (32-bit registers a multiprocessor), `smem_bytes` the shared memory one block may use,
-    `l2_bytes` the cache the work shares.
+    `smem_total` that of a multiprocessor, which holds at most `max_programs` and `max_warps`; `l2_bytes` is the cache
+    the work shares. `model` are the cost model's coefficients that were fitted on this target, `dense` the FLOP/s of
+    its dense attention by dtype and head size (`"bfloat16 128"`).
     """
 
     kind: str
@@ -100,29 +51,39 @@ class Target:
     simd: int = 1
     registers: int = 0
     smem_bytes: int = 0
+    smem_total: int = 0
     max_warps: int = 0
+    max_programs: int = 0
     l1_bytes: int = 0
     l2_bytes: int = 0
     bandwidth: float = 0.0
     peaks: tuple[tuple[str, float], ...] = ()
+    # what predicts, and nothing that a kernel depends on
+    model: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
+    dense: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of(device: object) -> Target:
-        """The target of a `torch.device`, of its name (`"cpu"`, `"cuda:0"`), or of an arch (`"sm_90"`, `"aarch64"`).
+        """The target of a `torch.device`, of its name (`"cpu"`, `"cuda:0"`), of an architecture (`"sm_90"`,
+        `"aarch64"`), of a GPU (`"h200"`), or of a file that describes one (`"mine.json"`, as those in spgen/targets).
 
-        Raises DeviceError for a device no backend serves.
+        Raises DeviceError for a device no backend serves, and for a malformed description.
         """
         text = str(device)
-        if text in GPU_ARCHS:
-            return _known_arch(text)
-        if text in CPU_ARCHS:
-            return _cpu_elsewhere(text)
         kind, _, index = text.partition(":")
+        if text in targets.table("gpu"):
+            return _known_arch(text)
+        if text in targets.table("cpu")["archs"]:
+            return _cpu_elsewhere(text)
         if kind == "cpu":
             return _cpu()
         if kind == "cuda" and (index.isdecimal() or not index):
             return _gpu(int(index) if index else None)
-        raise DeviceError("device", given=text, allowed=", ".join(("cpu, cuda, cuda:N", *GPU_ARCHS, *CPU_ARCHS)))
+        if text.endswith(".json"):
+            return _described_by(targets.load(Path(text).absolute()))
+        if targets.slug(text) in targets.names():
+            return _described_by(targets.shipped(targets.slug(text)))
+        raise _unknown(text)
 
     def peak(self, dtype: str) -> float:
         """FLOP/s of a fused multiply-add on `dtype` (`float32`, `bfloat16`, `float16`, `tf32`); 0 if unknown."""
@@ -143,31 +104,52 @@ def _cpu() -> Target:
     info = _cpuinfo()
     flags = info.get("flags") or info.get("Features") or ""
     isa = _isa_of(platform.machine().lower(), flags, info.get("vendor_id", ""))
-    arch, features, simd, registers = _ISAS[isa]
-    cores = _usable_cores()
+    known = targets.table("cpu")
+    extension = known["isas"][isa]
+    simd, cores = extension["simd"], _usable_cores()
     # two FMA units on every core this compiler meets with AVX2 or wider; a multiply-add is two operations
     flops = 2 * 2 * simd * cores * _clock(info)
     return Target(
         kind="cpu",
         name=info.get("model name") or platform.processor() or platform.machine() or "cpu",
-        arch=arch,
+        arch=extension["arch"],
         isa=isa,
-        features=features,
+        features=extension["features"],
         cores=cores,
         simd=simd,
-        registers=registers,
+        registers=extension["registers"],
         l1_bytes=_cache_bytes(1, 32 * _KB),
         l2_bytes=_cache_bytes(2, 512 * _KB),
-        bandwidth=min(cores * _CORE_BANDWIDTH, _SOCKET_BANDWIDTH),
+        bandwidth=min(cores * known["core_bandwidth"], known["socket_bandwidth"]),
         peaks=_cpu_peaks(isa, flops) if flops else (),
+        model=_pairs(extension.get("model")),
     )
 
 
 def _cpu_elsewhere(name: str) -> Target:
     """A processor of which only the instructions are known."""
-    triple, isa = CPU_ARCHS[name]
-    arch, features, simd, registers = _ISAS[isa]
-    return Target("cpu", name, arch, isa, features, triple, simd=simd, registers=registers, l1_bytes=32 * _KB)
+    known = targets.table("cpu")["archs"][name]
+    return _described_by({"kind": "cpu", "name": name, **known})
+
+
+def _described_cpu(given: Mapping[str, Any]) -> Target:
+    extension = targets.table("cpu")["isas"][given["isa"]]
+    return Target(
+        kind="cpu",
+        name=given["name"],
+        arch=extension["arch"],
+        isa=given["isa"],
+        features=extension["features"],
+        triple=given.get("triple", ""),
+        cores=given.get("cores", 1),
+        simd=extension["simd"],
+        registers=extension["registers"],
+        l1_bytes=given.get("l1_bytes", 32 * _KB),
+        l2_bytes=given.get("l2_bytes", 0),
+        bandwidth=given.get("bandwidth", 0.0),
+        peaks=_pairs(given.get("peaks")),
+        model=_pairs(given.get("model", extension.get("model"))),
+    )
 
 
 def _cpu_peaks(isa: str, flops: float) -> tuple[tuple[str, float], ...]:
@@ -247,65 +229,72 @@ def _described(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     hip = bool(torch.version.hip)
     arch = properties.gcnArchName.partition(":")[0] if hip else f"sm_{properties.major}{properties.minor}"
-    listed = _by_name(properties.name)
-    smem = getattr(properties, "shared_memory_per_block_optin", 0) or GPU_ARCHS.get(arch, {}).get(
-        "smem_bytes", 48 * _KB
-    )
+    listed = targets.named(properties.name) or {}
+    limits = targets.table("gpu").get(arch, {})
+    warp = getattr(properties, "warp_size", 32)
+    smem = getattr(properties, "shared_memory_per_block_optin", 0) or limits.get("smem_bytes", 48 * _KB)
     return Target(
         kind="hip" if hip else "cuda",
         name=properties.name,
         arch=arch,
         cores=properties.multi_processor_count,
-        simd=getattr(properties, "warp_size", 32),
+        simd=warp,
         registers=getattr(properties, "regs_per_multiprocessor", 65536),
         smem_bytes=int(smem),
-        max_warps=properties.max_threads_per_multi_processor // getattr(properties, "warp_size", 32),
+        smem_total=int(getattr(properties, "shared_memory_per_multiprocessor", 0) or limits.get("smem_total", smem)),
+        max_warps=properties.max_threads_per_multi_processor // warp,
+        max_programs=limits.get("max_programs", 16),
         l2_bytes=int(getattr(properties, "L2_cache_size", 0)),
-        bandwidth=listed.bandwidth if listed else 0.0,
-        peaks=listed.peaks if listed else (),
+        bandwidth=listed.get("bandwidth", 0.0),
+        peaks=_pairs(listed.get("peaks")),
+        model=_pairs(listed.get("model")),
+        dense=_pairs(listed.get("dense")),
     )
-
-
-def _by_name(name: str) -> Target | None:
-    """The listed GPU whose name ends this one (`NVIDIA H200`), the longest name first."""
-    for listed in sorted(_GPUS, key=len, reverse=True):
-        if listed in name:
-            return _listed(listed)
-    return None
 
 
 def _known_arch(arch: str) -> Target:
-    """A description without the device: the last listed GPU of the arch, else the arch's limits alone."""
-    names = [name for name, row in _GPUS.items() if row[0] == arch]
-    return _listed(names[-1]) if names else _bare(arch, name=arch)
+    """A description without the device: the usual GPU of the architecture, else its limits alone."""
+    usual = targets.table("gpu")[arch].get("typical")
+    return _described_by(targets.shipped(usual) if usual else {"name": arch, "arch": arch})
 
 
-def _listed(name: str) -> Target:
-    arch, cores, bandwidth, l2_bytes, half, tf32, single = _GPUS[name]
-    peaks = (("float16", half), ("bfloat16", half), ("tf32", tf32), ("float32", single))
-    return _bare(arch, name=name, cores=cores, bandwidth=bandwidth, l2_bytes=l2_bytes, peaks=peaks)
-
-
-def _bare(
-    arch: str,
-    *,
-    name: str,
-    cores: int = 1,
-    bandwidth: float = 0.0,
-    l2_bytes: int = 0,
-    peaks: Iterable[tuple[str, float]] = (),
-) -> Target:
-    limits = GPU_ARCHS[arch]
+def _described_by(given: Mapping[str, Any]) -> Target:
+    if given.get("kind") == "cpu":
+        return _described_cpu(given)
+    arch = given["arch"]
+    limits = {**targets.table("gpu").get(arch, {}), **given.get("limits", {})}
     return Target(
         kind="hip" if arch.startswith("gfx") else "cuda",
-        name=name,
+        name=given["name"],
         arch=arch,
-        cores=cores,
-        simd=limits.get("warp_size", 32),
-        registers=65536,
+        cores=given.get("multiprocessors", 1),
+        simd=limits["warp_size"],
+        registers=limits["registers"],
         smem_bytes=limits["smem_bytes"],
+        smem_total=limits["smem_total"],
         max_warps=limits["max_warps"],
-        l2_bytes=l2_bytes,
-        bandwidth=bandwidth,
-        peaks=tuple(peaks),
+        max_programs=limits["max_programs"],
+        l2_bytes=given.get("l2_bytes", 0),
+        bandwidth=given.get("bandwidth", 0.0),
+        peaks=_pairs(given.get("peaks")),
+        model=_pairs(given.get("model")),
+        dense=_pairs(given.get("dense")),
     )
+
+
+def _pairs(numbers: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+    return tuple((numbers or {}).items())
+
+
+def known() -> tuple[str, ...]:
+    """What `Target.of` takes, beside the file of a description."""
+    return ("cpu", "cuda", "cuda:N", *targets.table("gpu"), *targets.table("cpu")["archs"], *targets.names())
+
+
+def _unknown(text: str) -> DeviceError:
+    from difflib import get_close_matches
+
+    near = get_close_matches(targets.slug(text), known(), 1) or get_close_matches(text, known(), 1)
+    remedy = f"did you mean {near[0]}? " if near else ""
+    remedy += "a GPU that is not listed is described in a file, as those in spgen/targets"
+    return DeviceError("device", given=text, allowed=", ".join(known()), remedy=remedy)

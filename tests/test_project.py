@@ -41,7 +41,7 @@ def test_a_forbidden_import_breaks_its_contract(tmp_path: Path) -> None:
         (tmp_path / name / "__init__.py").touch()
     for name in LINKS:
         (tmp_path / "spgen" / name).symlink_to(f"../{name}")
-    for name in ("errors", "settings", "target", "cache", "compile"):
+    for name in ("errors", "settings", "target", "targets", "cache", "compile"):
         (tmp_path / "spgen" / f"{name}.py").touch()
     (tmp_path / "ir" / "expr.py").write_text("import sympy\nfrom spgen import errors\n")
     (tmp_path / "autotune" / "measure.py").write_text("import torch\n")

@@ -33,7 +33,7 @@ def _call(
     kv_length: Annotated[int | None, typer.Option(min=0, help="Keys; as many as q's rows if left out.")] = None,
     v_dim: Annotated[int | None, typer.Option(min=1, help="Head dim of v; that of q if left out.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    target: Annotated[str, typer.Option(help="cpu, cuda, or an architecture: sm_90, gfx942, aarch64.")] = "cpu",
+    target: Annotated[str, typer.Option(help="cpu, cuda, h200, sm_90, aarch64, or a description: mine.json.")] = "cpu",
 ) -> CallOptions:
     shape = _shape(q)
     return CallOptions(

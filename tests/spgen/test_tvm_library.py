@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from spgen import targets
 from spgen.backends import tvm_compile, tvm_library
 from spgen.backends.tvm import AttentionKernel, build, default_config
 from spgen.errors import CacheWarning, CompileError, DeviceError, ToolchainError
 from spgen.precompile import compile_text
 from spgen.settings import override
-from spgen.target import CPU_ARCHS, Target
+from spgen.target import Target
 from tests.cpu_kernels import ALL_CASES, BLOCK_M, CPU, run
 from tests.kernel_cases import causal, dense, program, segment
 
@@ -106,7 +107,7 @@ torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arch", sorted(CPU_ARCHS))
+@pytest.mark.parametrize("arch", sorted(targets.table("cpu")["archs"]))
 def test_an_object_file_for_another_processor(arch: str, tmp_path: Path) -> None:
     number, _ = MACHINES[Target.of(arch).triple.partition("-")[0]]
     with override(cache_dir=tmp_path):
