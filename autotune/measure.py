@@ -12,7 +12,7 @@ Call: TypeAlias = Callable[[], Any]
 Timer: TypeAlias = Callable[[Call], float]
 
 _FLUSHED = 2  # a buffer of so many L2 caches is written between two calls
-_FEWEST, _MOST = 3, 1000  # calls behind one reading
+_MOST = 1000  # calls behind one reading
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,19 @@ def wall(call: Call) -> float:
     return time.perf_counter() - start
 
 
-def on_gpu(milliseconds: int = 100, device: int | None = None) -> Timer:
-    """A timer for kernels: the median over calls that fill `milliseconds`, the L2 cache emptied before each."""
+def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 3) -> Timer:
+    """A timer for kernels: the median over calls that fill `milliseconds`, the L2 cache emptied before each.
+
+    A reading has at least `fewest` calls, after as many that tell how long they take.
+    """
     import torch
 
     def timer(call: Call) -> float:
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
             flushed = torch.empty(_flush_bytes(index) // 4, dtype=torch.int32, device=f"cuda:{index}")
-            estimate = statistics.median(_events(call, flushed, _FEWEST))
-            count = min(max(_FEWEST, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
+            estimate = statistics.median(_events(call, flushed, fewest))
+            count = min(max(fewest, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
             return statistics.median(_events(call, flushed, count))
 
     return timer

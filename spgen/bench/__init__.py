@@ -1,20 +1,26 @@
 """Benchmarks: ours, the peers, dense and the floor, side by side in one run, each checked against the oracle.
 
-`spgen bench` runs them; docs/bench/*.json are the results that the README shows.
+`spgen bench` runs them, and so does `run`, which needs neither typer nor rich; docs/bench/*.json are the results that
+the README shows, and docs/bench.md says what the figures mean.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING
 
-SUITES = ("cpu-attention", "gpu-attention", "gpu-patterns")
+if TYPE_CHECKING:
+    from spgen.bench.result import Result, read, write
+    from spgen.bench.runner import run
+
+__all__ = ["Result", "read", "run", "write"]
+
+_HOMES = {"run": "runner", "Result": "result", "read": "result", "write": "result"}
 
 
-def run(suite: str | None = None, quick: bool = False) -> dict[str, Any]:
-    """One suite's result, a JSON value; by default the suite of the GPU if there is one, else of the CPU."""
-    if suite is None:
-        import torch
+def __getattr__(name: str) -> object:
+    """Import what is asked for, so that reading a result needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        suite = SUITES[torch.cuda.is_available()]
-    return cast("dict[str, Any]", import_module(f"spgen.bench.{suite.replace('-', '_')}").run(quick))
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

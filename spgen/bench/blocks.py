@@ -1,4 +1,4 @@
-"""Causal block lists, as spgen, FlexAttention and dense masks say them."""
+"""Causal block lists, as spgen, FlexAttention and the block-sparse peers say them."""
 
 from __future__ import annotations
 
@@ -9,32 +9,8 @@ import torch
 from torch import Tensor
 
 import spgen as sp
-from spgen import reference
+from spgen.bench.workloads import Workload
 from spgen.patterns import Pattern
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Attention over random causal blocks: sizes, type and device."""
-
-    heads: int
-    kv_heads: int
-    length: int
-    head_dim: int
-    block: int
-    dtype: torch.dtype
-    device: str
-    batch: int = 1
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k and v."""
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def random(heads: int) -> Tensor:
-            shape = (self.batch, heads, self.length, self.head_dim)
-            return torch.randn(shape, dtype=self.dtype, device=self.device, generator=generator)
-
-        return random(self.heads), random(self.kv_heads), random(self.kv_heads)
 
 
 def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -43,57 +19,63 @@ def _causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockList:
-    """Which blocks are kept, bool [heads, n, n]: the diagonal, and of those below it a random share."""
+    """Which blocks of `size` x `size` are kept, bool [heads, n, n]: the diagonal, and of those below it a share."""
 
     work: Workload
+    size: int
     keep: Tensor
 
     @staticmethod
-    def random(work: Workload, sparsity: float) -> BlockList:
+    def random(work: Workload, size: int, sparsity: float) -> BlockList:
         """Each block below the diagonal is left out with probability `sparsity`."""
-        count = -(-work.length // work.block)
+        count = -(-work.length // size)
         generator = torch.Generator(work.device).manual_seed(1)
         draw = torch.rand((work.heads, count, count), device=work.device, generator=generator)
         diagonal = torch.eye(count, dtype=torch.bool, device=work.device)
-        return BlockList(work, (draw >= sparsity).tril(-1) | diagonal)
+        return BlockList(work, size, (draw >= sparsity).tril(-1) | diagonal)
 
-    def pattern(self) -> Pattern:
-        """The list of kept blocks of each row block, as indices padded with -1."""
+    @property
+    def pairs(self) -> int:
+        """How many pairs are kept, of a diagonal block those that are causal."""
+        count = self.keep.shape[-1]
+        heights = torch.full((count,), self.size, device=self.keep.device)
+        heights[-1] = self.work.length - (count - 1) * self.size
+        below = (self.keep.tril(-1).sum((0, 2)) * heights).sum() * self.size  # only a diagonal block can be narrower
+        diagonal = (heights * (heights + 1) // 2).sum() * self.work.heads
+        return self.work.batch * int(below + diagonal)
+
+    def rows(self, i: Tensor, j: Tensor) -> Tensor:
+        """The pairs of rows i [rows, 1] and columns j [1, length], bool [heads, rows, length]."""
+        return self.keep[:, i // self.size, j // self.size] & (j <= i)
+
+    def listed(self) -> Tensor:
+        """The kept blocks of each row block, ascending and padded with -1, int32 [heads, n, longest list]."""
         count = int(self.keep.sum(-1).max())
         order = torch.argsort(~self.keep, dim=-1, stable=True)[..., :count]
-        indices = torch.where(self.keep.gather(-1, order), order, -1).to(torch.int32)
-        return sp.causal() & sp.block(self.work.block, indices=indices[None])
+        return torch.where(self.keep.gather(-1, order), order, -1).to(torch.int32)
 
-    def flops(self, diagonal: float) -> float:
-        """FLOP of the kept pairs; `diagonal` is the share of a diagonal block that counts (0.5: what is needed)."""
-        on_diagonal = self.keep.shape[0] * self.keep.shape[1]
-        blocks = int(self.keep.sum()) - on_diagonal + diagonal * on_diagonal
-        return 4 * self.work.batch * blocks * self.work.block**2 * self.work.head_dim
+    def pattern(self) -> Pattern:
+        """The lists as a pattern."""
+        return sp.causal() & sp.block(self.size, indices=self.listed()[None])
 
-    def flex_mask(self) -> Any:
-        """The same pairs as a FlexAttention BlockMask, whole blocks and diagonal blocks apart."""
-        from torch.nn.attention.flex_attention import BlockMask
+    def counted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Whole blocks and diagonal blocks apart, as counts int32 [1, heads, n] and lists int32 [1, heads, n, n].
 
+        Returned are the counts and lists of the diagonal blocks, then those of the whole ones.
+        """
         heads, count, _ = self.keep.shape
         below = self.keep.tril(-1)
-        full = torch.argsort(~below, dim=-1, stable=True).to(torch.int32)[None]
+        whole = torch.argsort(~below, dim=-1, stable=True).to(torch.int32)[None]
         ones = torch.ones((1, heads, count), dtype=torch.int32, device=self.keep.device)
         own = torch.arange(count, dtype=torch.int32, device=self.keep.device)[:, None]
-        partial = torch.cat([own, own.new_zeros(count, count - 1)], dim=1).expand(1, heads, count, count)
+        diagonal = torch.cat([own, own.new_zeros(count, count - 1)], dim=1).expand(1, heads, count, count)
+        return ones, diagonal.contiguous(), below.sum(-1, dtype=torch.int32)[None], whole
+
+    def flex_mask(self) -> Any:
+        """The same pairs as a FlexAttention BlockMask."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        partial_count, partial, whole_count, whole = self.counted()
         return BlockMask.from_kv_blocks(
-            ones, partial.contiguous(), below.sum(-1, dtype=torch.int32)[None], full, BLOCK_SIZE=self.work.block,
-            mask_mod=_causal,
-        )  # fmt: skip
-
-    def mask(self, rows: Tensor) -> Tensor:
-        """The dense mask of some rows, bool [1, heads, rows, length]."""
-        work = self.work
-        columns = torch.arange(work.length, device=self.keep.device)
-        kept = self.keep[:, rows // work.block].repeat_interleave(work.block, dim=-1)[..., : work.length]
-        return (kept & (columns <= rows[:, None]))[None]
-
-    def largest_error(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor, samples: int = 32) -> float:
-        """The largest difference to the oracle, in float64, on rows spread over the whole length."""
-        rows = torch.linspace(0, self.work.length - 1, samples, device=out.device).long()
-        wanted = reference.attention(q[:, :, rows], k, v, self.mask(rows))
-        return float((out[:, :, rows].double() - wanted).abs().max())
+            partial_count, partial, whole_count, whole, BLOCK_SIZE=self.size, mask_mod=_causal
+        )

@@ -15,7 +15,8 @@ import spgen as sp
 from spgen.arguments import Arguments
 from spgen.attend import Attention
 from spgen.autotune.measure import per_call
-from spgen.bench.blocks import BlockList, Workload
+from spgen.bench.blocks import BlockList
+from spgen.bench.workloads import Workload
 from spgen.compile import compiled
 from spgen.errors import CompileError
 from spgen.ops import request_of
@@ -63,9 +64,9 @@ def _fresh(device: str, dtype: torch.dtype, cache: str, pattern: str) -> float:
 
 def launches(device: str, dtype: torch.dtype) -> dict[str, float]:
     """Microseconds of a compiled call at a tiny size, and of its bare kernel."""
-    work = Workload(1, 1, 64, 64, 64, dtype, device)
+    work = Workload(1, 1, 64, 64, dtype, device)
     q, k, v = work.tensors()
-    attend = sp.attention(BlockList.random(work, 0.0).pattern())
+    attend = sp.attention(BlockList.random(work, 64, 0.0).pattern())
     plan = attend.plan(q, k)
 
     def call() -> torch.Tensor:

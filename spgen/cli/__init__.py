@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from spgen.cli import autotune, cache, ir, machine, patterns
+from spgen.cli import autotune, bench, cache, ir, machine, patterns
 from spgen.errors import SpgenError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app.command("compile")(patterns.compile_pattern)
 app.command()(patterns.show)
 app.command()(ir.opt)
 app.command()(autotune.autotune)
-app.command()(machine.bench)
+app.command()(bench.bench)
 app.add_typer(cache.app, name="cache")
 app.command()(machine.doctor)
 

@@ -1,38 +1,13 @@
-"""Commands about this machine: doctor, bench."""
+"""Commands about this machine: doctor."""
 
 from __future__ import annotations
 
-from enum import Enum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
     from spgen.doctor import Backend, Finding
-
-
-class Suite(str, Enum):
-    """The benchmarks."""
-
-    cpu_attention = "cpu-attention"
-    gpu_attention = "gpu-attention"
-    gpu_patterns = "gpu-patterns"
-
-
-def bench(
-    suite: Annotated[Suite | None, typer.Argument(help="Which; by default the one for this machine.")] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="Write the result here, too.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and few repeats, to see that it works.")] = False,
-) -> None:
-    """Measure ours, the peers, dense and the floor side by side, and check all against the oracle."""
-    from spgen.bench import run
-    from spgen.bench.report import show, write
-
-    result = run(None if suite is None else suite.value, quick)
-    show(result)
-    if json is not None:
-        write(result, json)
 
 
 def doctor(
