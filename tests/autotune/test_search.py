@@ -1,0 +1,157 @@
+"""The search finds what is fast, keeps what it measured, and never makes a call slower."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spgen.autotune.measure import Sample
+from spgen.autotune.records import Bucket, Key, Record, Trial
+from spgen.autotune.search import EFFORTS, tune
+from spgen.autotune.space import UNSET, Kernel, Space, space_of
+from spgen.ir.config import Config
+from spgen.target import Target
+
+DEFAULT = Config(64, 64, ("warps=4", "stages=2"))
+SPACE = Space(
+    DEFAULT, {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
+    lambda config: config.block_m * config.block_n <= 128 * 64,
+)  # fmt: skip
+
+
+@dataclass
+class Fake:
+    """A call whose times are known; `likes` is what the model thinks."""
+
+    times: Mapping[Config, float]
+    likes: Mapping[Config, float]
+    record: Record
+    noise: float = 0.0
+    faults: Mapping[Config, str] = field(default_factory=dict)
+    measured: list[Config] = field(default_factory=list)
+    stop_after: int = 10**9
+
+    def configs(self) -> list[Config]:
+        return sorted(SPACE, key=lambda config: self.likes[config])
+
+    def neighbours(self, config: Config) -> list[Config]:
+        return sorted(SPACE.neighbours(config), key=lambda other: self.likes[other])
+
+    def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
+        return ((config, self.faults.get(config, "")) for config in configs)
+
+    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
+        for config in configs:
+            if len(self.measured) >= self.stop_after:
+                raise KeyboardInterrupt
+            self.measured.append(config)
+        return {config: Sample(self.times[config], self.noise, rounds) for config in configs}
+
+
+def fake(seed: int, **changes: object) -> Fake:
+    draw = random.Random(seed)
+    every = list(SPACE)
+    times = {config: draw.uniform(1, 3) for config in every}
+    likes = {config: times[config] * draw.uniform(0.9, 1.1) for config in every}
+    record = Record(Key("before", "float32", 64, 64), Bucket(1, 1, 1), "one", DEFAULT, DEFAULT, "x 1")
+    return replace(Fake(times, likes, record), **changes)
+
+
+def run(problem: Fake, effort: str = "standard") -> Record:
+    saved: list[Record] = []
+    found = tune(problem, effort, saved.append, lambda *args: None)
+    assert saved[-1] == found
+    return found
+
+
+@given(st.integers(0, 10**6), st.sampled_from(list(EFFORTS)))
+def test_the_winner_is_the_fastest_measured_and_no_slower_than_the_default(seed: int, effort: str) -> None:
+    problem = fake(seed)
+    found = run(problem, effort)
+    assert found.effort == effort
+    best = min(found.trials.values(), key=lambda trial: trial.seconds).seconds
+    assert problem.times[found.config] <= problem.times[DEFAULT]
+    assert problem.times[found.config] == pytest.approx(best, rel=0.006)
+    assert found.gain == pytest.approx(problem.times[DEFAULT] / problem.times[found.config])
+
+
+@given(st.integers(0, 10**6))
+def test_more_effort_tries_more_and_finds_no_worse(seed: int) -> None:
+    found = {effort: run(fake(seed), effort) for effort in EFFORTS}
+    tried = [len(found[effort].trials) for effort in EFFORTS]
+    assert tried == sorted(tried)
+    times = fake(seed).times
+    assert times[found["thorough"].config] <= times[found["quick"].config] * 1.006
+
+
+def test_a_gain_within_the_noise_is_no_gain() -> None:
+    problem = fake(1, noise=0.9)
+    found = run(problem)
+    assert (found.config, found.gain) == (DEFAULT, 1.0)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 25))
+def test_an_interrupted_search_goes_on_where_it_stopped(seed: int, stop: int) -> None:
+    saved: list[Record] = []
+    first = fake(seed, stop_after=stop)
+    try:
+        tune(first, "standard", saved.append, lambda *args: None)
+    except KeyboardInterrupt:
+        second = fake(seed, record=saved[-1])
+        found = run(second)
+        again = set(first.measured) & set(second.measured)
+        assert len(again) <= 5  # the finalists
+        whole = run(fake(seed))
+        assert found.trials.keys() >= whole.trials.keys()
+        assert problem_time(seed, found) == problem_time(seed, whole)
+
+
+def problem_time(seed: int, found: Record) -> float:
+    return fake(seed).times[found.config]
+
+
+def test_what_does_not_compile_is_kept_as_a_fault_and_not_tried_again() -> None:
+    problem = fake(2)
+    faulty = {config: "too large" for config in problem.configs()[:5] if config != DEFAULT}
+    found = run(replace(problem, faults=faulty))
+    assert found.config not in faulty
+    assert [found.trials[config] for config in faulty] == [Trial(fault="too large")] * len(faulty)
+
+
+def test_a_default_that_does_not_run_leaves_the_record_open() -> None:
+    found = tune(fake(3, faults={DEFAULT: "no"}), "quick", lambda record: None, lambda *args: None)
+    assert found.effort == ""
+    assert found.trials[DEFAULT].fault == "no"
+
+
+KERNELS = st.builds(
+    Kernel, st.sampled_from(["bfloat16", "float16", "float32"]), st.sampled_from([16, 64, 80, 128, 256]),
+    st.sampled_from([16, 64, 128, 256]), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 100, 4096]), st.booleans(),
+)  # fmt: skip
+
+
+@given(KERNELS, st.sampled_from(["sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "cpu"]))
+def test_spaces_hold_the_default_once_and_nothing_that_cannot_fit(kernel: Kernel, name: str) -> None:
+    target = Target.of(name)
+    default = Config(64, 64) if target.kind == "cpu" else Config(64, 64, ("warps=4", "stages=2", "prefetch=1"))
+    space = space_of(kernel, target, default)
+    every = list(space)
+    assert every[0] == default
+    assert len(set(every)) == len(every)
+    for config in every[1:]:
+        assert space.is_legal(config)
+        assert config.block_m >= kernel.group
+        if target.kind != "cpu":
+            size = 4 if kernel.dtype == "float32" else 2
+            tiles = config.option("stages") * config.block_n * (kernel.head_dim + kernel.value_dim) * size
+            assert tiles <= target.smem_bytes
+    for other in space.neighbours(default):
+        own = {*str(default).split()} ^ {*str(other).split()}
+        assert 0 < len(own) <= 2
+        assert space.is_legal(other)
+    assert UNSET not in {int(text.partition("=")[2]) for config in every for text in config.options}

@@ -1,0 +1,123 @@
+"""Tuning real kernels of this machine's CPU: small calls, few configurations; times are never tested."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spgen import tune as module
+from spgen.autotune import search
+from spgen.autotune.records import Record, Records
+from spgen.autotune.search import Effort
+from spgen.autotune.workloads import Case
+from spgen.errors import SpgenError, WorkloadError
+from spgen.target import Target
+from spgen.tune import Compilers, Place, Session, Tuned
+from spgen.tuned import device_of
+
+pytest.importorskip("tvm")
+
+CASE = Case("small", "causal() & block(32, mask=$0: bool[1, 2, R, C])", 2, 200, 16, dtype="float32", density=0.4)
+HERE = Place(Target.of("cpu"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[Compilers]:
+    with Compilers(2) as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def _brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(search.EFFORTS, "quick", Effort(favourites=3, steps=0, around=0, rounds=2))  # type: ignore[arg-type]
+
+
+def session(path: Path, *cases: Case) -> tuple[Session, list[Record | str]]:
+    found: list[Record | str] = []
+    known = Records.load(path) if path.exists() else Records(device_of(HERE.target))
+    return Session(
+        cases, [HERE], known, path, "quick", lambda *args: None, lambda case, result: found.append(result)
+    ), found  # fmt: skip
+
+
+def test_a_session_finishes_saves_and_does_not_measure_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.json"
+    one, found = session(path, CASE)
+    one.run()
+    record = found[0]
+    assert isinstance(record, Record)
+    assert record.effort == "quick"
+    assert record.gain >= 1
+    assert len(record.trials) == 3
+    assert record.case == dataclasses.asdict(CASE)
+    assert set(record.facts["tiles"]) >= {f"{record.config.block_m}x{record.config.block_n}"}
+    assert Records.load(path).found.keys() == {record.identity}
+    measured: list[int] = []
+    real = Tuned.measure
+    monkeypatch.setattr(
+        Tuned, "measure", lambda self, configs, rounds: measured.append(rounds) or real(self, configs, rounds)
+    )
+    session(path, CASE)[0].run()
+    assert measured == [2]  # the finalists alone
+
+
+def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
+    case = replace(CASE, pattern="causal()", q_len=256)
+    problem = Tuned(case, HERE, compilers)
+    programs, full, masked, gathered, longest = problem.facts["tiles"]["64x64"]
+    assert (programs, full, masked, gathered, longest) == (2 * 4, 2 * 6, 2 * 4, 0, 4)
+
+
+def test_a_configuration_with_other_results_is_a_fault(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Tuned(CASE, HERE, compilers)
+    other = next(config for config in problem.configs() if config != problem.default)
+    assert not isinstance(problem.measure([problem.default], 1)[problem.default], str)
+    problem._expected = problem._expected + 1  # type: ignore[operator]
+    found = problem.measure([other], 1)[other]
+    assert isinstance(found, str)
+    assert "off those of" in found
+
+
+def test_what_does_not_fit_the_memory_is_a_fault(compilers: Compilers, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Tuned(CASE, HERE, compilers)
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(problem, "_launch", full)
+    assert problem.measure([problem.default], 1) == {problem.default: "out of memory"}
+
+
+def test_a_case_that_does_not_fit_is_skipped_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module._tensors
+
+    def tensors(case: Case, device: torch.device) -> object:
+        if case.name == "huge":
+            raise torch.OutOfMemoryError("no")
+        return real(case, device)
+
+    monkeypatch.setattr(module, "_tensors", tensors)
+    one, found = session(tmp_path / "mine.json", replace(CASE, name="huge"), CASE)
+    one.run()
+    assert one.faults == {"huge": "out of memory: the call itself does not fit"}
+    assert isinstance(found[1], Record)
+
+
+def test_a_pattern_that_cannot_be_read_names_the_case() -> None:
+    with pytest.raises(WorkloadError, match=r"(?s)workload small: got .*windw"):
+        module._tensors(replace(CASE, pattern="causal() & windw(4)"), HERE.device)
+    with pytest.raises(SpgenError, match="workload small"):
+        module._tensors(replace(CASE, density=2.0), HERE.device)
+
+
+def test_a_fault_of_the_compiler_is_one_line(compilers: Compilers) -> None:
+    problem = Tuned(CASE, HERE, compilers)
+    wrong = replace(problem.default, block_m=7)
+    assert [fault for _, fault in problem.compiled([wrong])][0].startswith("schedule: block_m: got 7")
