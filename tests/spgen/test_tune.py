@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from spgen.autotune.records import Record, Records
 from spgen.autotune.search import Effort
 from spgen.autotune.workloads import Case
 from spgen.errors import SpgenError, WorkloadError
+from spgen.ir.config import Config
 from spgen.target import Target
 from spgen.tune import Compilers, Place, Session, Tuned
 from spgen.tuned import device_of
@@ -59,15 +61,18 @@ def test_a_session_finishes_saves_and_does_not_measure_again(tmp_path: Path, mon
     assert Records.load(path).found.keys() == {record.identity}
     measured: list[int] = []
     real = Tuned.measure
-    monkeypatch.setattr(
-        Tuned, "measure", lambda self, configs, rounds: measured.append(rounds) or real(self, configs, rounds)
-    )
+
+    def measure(self: Tuned, configs: list[Config], rounds: int) -> Any:
+        measured.append(rounds)
+        return real(self, configs, rounds)
+
+    monkeypatch.setattr(Tuned, "measure", measure)
     session(path, CASE)[0].run()
     assert measured == [2]  # the finalists alone
 
 
 def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
-    case = replace(CASE, pattern="causal()", q_len=256)
+    case = replace(CASE, pattern="causal()", q_len=256, kv_len=256)
     problem = Tuned(case, HERE, compilers)
     programs, full, masked, gathered, longest = problem.facts["tiles"]["64x64"]
     assert (programs, full, masked, gathered, longest) == (2 * 4, 2 * 6, 2 * 4, 0, 4)
@@ -120,4 +125,4 @@ def test_a_pattern_that_cannot_be_read_names_the_case() -> None:
 def test_a_fault_of_the_compiler_is_one_line(compilers: Compilers) -> None:
     problem = Tuned(CASE, HERE, compilers)
     wrong = replace(problem.default, block_m=7)
-    assert [fault for _, fault in problem.compiled([wrong])][0].startswith("schedule: block_m: got 7")
+    assert next(fault for _, fault in problem.compiled([wrong])).startswith("schedule: block_m: got 7")

@@ -69,7 +69,7 @@ def test_calls_near_a_record_use_it_and_give_the_same_result(directory: Path) ->
     assert request.config is None
     keep(directory, record_for(request, sizes_of(call), other(request)))
     assert request_of(call).config == request_of(arguments(300)).config == other(request)
-    assert request_of(arguments(256, "causal()")).config is None  # another kind
+    assert request_of(arguments(256, "dense()")).config is None  # another kind
     attend = sp.attention(sp.causal() & sp.window(100))
     q, k, v = torch.randn(1, 4, 256, 32), torch.randn(1, 4, 256, 32), torch.randn(1, 4, 256, 32)
     mask = attend.pattern.mask(256, 256, q_heads=4)
