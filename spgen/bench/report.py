@@ -93,7 +93,7 @@ def _times(theirs: float | None, own: float | None) -> str:
 def _ms(value: float | None) -> str:
     if value is None:
         return _NONE
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 or not value else 3
+    digits = 0 if value >= 100 or not value else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:.{digits}f} ms"
 
 
