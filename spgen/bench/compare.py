@@ -50,10 +50,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All changes; `unmatched` are cases that one result lacks or has in other sizes, `notes` what else differs."""
+    """All changes; `gone` and `new`: cases of the old or new result alone, or of other sizes; `notes`: what differs."""
 
     changes: list[Change]
-    unmatched: list[str]
+    gone: list[str]
+    new: list[str]
     notes: list[str]
 
     @property
@@ -96,8 +97,9 @@ def compare(old: Result, new: Result) -> Comparison:
     """Cases of the same name and sizes, contender by contender."""
     before, after = ({_key(row): row for row in result.rows} for result in (old, new))
     changes = [change for key, row in after.items() if key in before for change in _changes(before[key], row)]
-    unmatched = [row.case for key, row in (before | after).items() if key not in before or key not in after]
-    return Comparison(changes, list(dict.fromkeys(unmatched)), list(_notes(old, new)))
+    gone = [row.case for key, row in before.items() if key not in after]
+    added = [row.case for key, row in after.items() if key not in before]
+    return Comparison(changes, gone, added, list(_notes(old, new)))
 
 
 def _key(row: Row) -> tuple[str, str]:
@@ -159,7 +161,9 @@ def show(found: Comparison) -> None:
     console.print(table)
     for (contender, measure), mean in found.speed_ups().items():
         console.print(f"{contender}, {measure}: {mean:.3f}× in the geometric mean", markup=False)
-    for line in [f"not compared: {case}" for case in found.unmatched] + found.notes:
+    lines = [f"new, or of other sizes: {case}" for case in found.new] + found.notes
+    lines += [f"cases of the old result that the new one lacks: {len(found.gone)}"] if found.gone else []
+    for line in lines:
         console.print(line, markup=False, soft_wrap=True)
     count = len(found.regressions)
     console.print(f"[red]{OURS} became slower {count} times[/]" if count else f"{OURS} became slower nowhere")

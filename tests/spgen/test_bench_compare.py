@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spgen.bench.compare import PLANNED, PLANNING, Change, check, compare
+from spgen.bench.compare import PLANNED, PLANNING, Change, check, compare, show
 from spgen.bench.result import Entry, Result, Row
 from spgen.errors import SpgenError
 
@@ -59,7 +59,8 @@ def test_only_what_both_measured_is_compared(pairs: list[tuple[Entry, Entry]]) -
     old = result(*(row(str(n), {"spgen": one, "flex": one}) for n, (one, _) in enumerate(pairs)))
     new = result(*(row(str(n), {"spgen": two}) for n, (_, two) in enumerate(pairs)))
     found = compare(old, new)
-    assert not found.unmatched
+    assert not found.gone
+    assert not found.new
     assert {one.contender for one in found.changes} <= {"spgen"}
     planned = [one for one in found.changes if one.measure == PLANNED]
     assert len(planned) == sum(one.ms is not None and two.ms is not None for one, two in pairs)
@@ -88,11 +89,15 @@ def test_only_our_regressions_count() -> None:
     assert [one.measure for one in compare(before, slower).regressions] == [PLANNING]
 
 
-def test_other_sizes_are_another_case() -> None:
+def test_other_sizes_are_another_case(capsys: pytest.CaptureFixture[str]) -> None:
     own = {"spgen": Entry(1.0)}
     found = compare(result(row("a", own), row("b", own)), result(row("a", own, length=128), row("c", own)))
     assert found.changes == []
-    assert found.unmatched == ["a", "b", "c"]
+    assert (found.gone, found.new) == (["a", "b"], ["a", "c"])
+    show(found)
+    shown = capsys.readouterr().out
+    assert "new, or of other sizes: c" in shown
+    assert "cases of the old result that the new one lacks: 2" in shown
 
 
 def test_other_versions_are_noted() -> None:
