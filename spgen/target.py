@@ -291,6 +291,22 @@ def known() -> tuple[str, ...]:
     return ("cpu", "cuda", "cuda:N", *targets.table("gpu"), *targets.table("cpu")["archs"], *targets.names())
 
 
+def modelled(target: Target) -> tuple[Target, ...]:
+    """Other processors of this kind on which the cost model was fitted, the nearest architecture first."""
+    if target.kind == "cpu":
+        isas = targets.table("cpu")["isas"]
+        found = [_described_by({"kind": "cpu", "name": isa, "isa": isa}) for isa in isas]
+        return tuple(sorted((one for one in found if one.model), key=lambda one: abs(one.simd - target.simd)))
+    gpus = (_described_by(targets.shipped(name)) for name in targets.names())
+    alike = [one for one in gpus if one.model and one.kind == target.kind]
+    return tuple(sorted(alike, key=lambda one: abs(_generation(one.arch) - _generation(target.arch))))
+
+
+def _generation(arch: str) -> int:
+    """The number in `sm_90`, `gfx942`."""
+    return int("".join(filter(str.isdigit, arch)) or 0)
+
+
 def _unknown(text: str) -> DeviceError:
     from difflib import get_close_matches
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -59,6 +59,7 @@ class Binary:
     shared: int
     scratch: int  # pointers that the binary takes after the kernel's own arguments
     boxes: tuple[Box, ...]
+    resources: Mapping[str, int]  # fields of spgen.autotune.model.Resources
 
     def load(self, device: int, kinds: list[str]) -> Function:
         """The binary on a device; `kinds` says where each of its arguments comes from (see Function)."""
@@ -108,7 +109,7 @@ def binary(fields: Mapping[str, Any], target: Target, build: Callable[[], tuple[
         function, built = build()
         code = built.asm["cubin" if target.kind == "cuda" else "hsaco"]
         (entry / _BINARY).write_bytes(code)
-        (entry / _NOTES).write_text(json.dumps(_notes(function, built)), encoding="utf-8")
+        (entry / _NOTES).write_text(json.dumps(_notes(function, built, target)), encoding="utf-8")
 
     entry = directory.get_or_build(key, write, meta={"kind": "triton", **known})
     notes = json.loads((entry / _NOTES).read_text(encoding="utf-8"))
@@ -135,8 +136,10 @@ def compile_ahead(function: Specialised, target: Target) -> Any:
     return triton.compile(ASTSource(entry, dict(function.types), constants, divisors), target=device, options=options)
 
 
-def _notes(function: Specialised, built: Any) -> dict[str, Any]:
-    """What the launcher must know; the number of arguments is checked against the binary's own."""
+def _notes(function: Specialised, built: Any, target: Target) -> dict[str, Any]:
+    """What the launcher and the cost model must know; the number of arguments is checked against the binary's own."""
+    from spgen.backends.triton_resources import resources
+
     meta = built.metadata
     boxes = [
         {"swizzle": box["swizzle"], "block": list(box["block_size"])}
@@ -153,7 +156,11 @@ def _notes(function: Specialised, built: Any) -> dict[str, Any]:
                 remedy="install a version that spgen supports (see its dependencies)",
             )  # fmt: skip
     threads = meta.num_warps * meta.target.warp_size
-    return {"entry": meta.name, "threads": threads, "shared": meta.shared, "scratch": scratch, "boxes": boxes}
+    taken = asdict(resources(built, target))
+    return {
+        "entry": meta.name, "threads": threads, "shared": meta.shared, "scratch": scratch, "boxes": boxes,
+        "resources": taken,
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=1)
