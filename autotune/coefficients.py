@@ -26,7 +26,7 @@ GPU: Mapping[str, float] = {
     "overlap": 3.0,  # exponent by which terms that overlap are joined; large: the largest decides
     "latency": 1e-7,  # seconds of a tile that nothing of the same program hides
     "exposed": 7e-7,  # seconds that loads take with one stage
-    "load": 0.5,  # seconds to load a byte from the shared cache, times the bandwidth of a multiprocessor's share of memory
+    "load": 0.5,  # time to load a byte from the shared cache over that from memory
     "gather": 2.0,  # the same of rows that are read one by one, beside tiles
     "pointers": 0.6,  # operations to address a byte where there are no tensor descriptors
     "search": 3e-7,  # seconds to find columns that were not read one tile ahead

@@ -160,13 +160,14 @@ def estimated(work: Work, config: Config, target: Target) -> Resources:
     """
     lanes = padded(work.head_dim), padded(work.value_dim)
     threads, size = threads_of(config, target), BYTES[work.dtype]
-    held = 22 + config.block_m * (lanes[1] + 2 * config.block_n + lanes[0] * size / 8) / threads
-    if not _has_descriptors(config, target):
-        held += 0.7 * config.block_n * sum(lanes) / threads
-    if config.option("tf32x3"):
-        held *= 1.3
-    most = _MOST_REGISTERS if target.kind == "cuda" else min(512, 4 * 512 // config.option("warps", 4))
-    held *= 1.0 if target.kind == "cuda" else 1.6
+    own = config.block_m * (lanes[1] + 2 * config.block_n) / threads
+    tile = config.block_n * sum(lanes) / threads
+    if target.kind == "hip":
+        held, most = 190 + own + tile * size / 4, min(512, 4 * 512 // config.option("warps", 4))
+    else:
+        held, most = 22 + own + config.block_m * lanes[0] * size / 8 / threads, _MOST_REGISTERS
+        held += 0.0 if _has_descriptors(config, target) else 0.7 * tile
+        held *= 1.3 if config.option("tf32x3") else 1.0
     cap = min(config.option("registers") or most, most)
     shared = least_shared(config, work.dtype, work.head_dim, work.value_dim, target)
     return Resources(round(min(held, cap)), shared, round(4 * max(held - cap, 0)))

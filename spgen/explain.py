@@ -11,16 +11,18 @@ from torch import Tensor
 
 from spgen.arguments import Arguments, check, sequences_of
 from spgen.attend import Attention
+from spgen.autotune.model import Prediction, Work, predict
 from spgen.compile import Lowered, Request, backend_of, lowered
 from spgen.data import check_shapes
 from spgen.ir import expr
+from spgen.ir.config import Config
 from spgen.ir.expr import Expr
 from spgen.ir.kernel import parts
 from spgen.ir.node import Op
 from spgen.ir.pattern import read_short, slots
 from spgen.ir.tiles import segments, table_ops
 from spgen.ops import request_of, sizes_of
-from spgen.passes.cost import Cost, Counts, estimate, keys_of_row
+from spgen.passes.cost import Cost, Counts, cost_of, keys_of_row
 from spgen.passes.schedule import Call
 from spgen.patterns import Pattern, pattern
 from spgen.reference import mask
@@ -43,6 +45,7 @@ class Explanation:
     shape: tuple[int, int, int, int, int]
     counts: tuple[Counts, ...] = ()
     cost: Cost | None = None
+    prediction: Prediction | None = None
     density: float | None = None
     sampled: bool = False
     packed: int | None = None  # sequences of a packed batch
@@ -55,6 +58,7 @@ class Explanation:
         lines += self._segments()
         if self.cost is not None:
             lines += _cost_lines(self.cost)
+            lines += [f"predicted  {self.prediction}"]
         lines += [f"kernel     {self._kernel()}", f"tuned      {self.choice}"]
         return "\n".join(lines)
 
@@ -108,7 +112,6 @@ def _cost_lines(cost: Cost) -> list[str]:
     return [
         f"work       {cost.flops / 1e9:,.2f} GFLOP, {useful:.0%} of the {cost.visited_flops / 1e9:,.2f} GFLOP computed",
         f"bytes      {cost.bytes / 1e6:,.1f} MB, of it {cost.plan_bytes / 1e6:,.2f} MB of tables; workspace 0",
-        f"predicted  {cost.seconds * 1e3:,.3f} ms, limited by {cost.bound}",
     ]
 
 
@@ -129,16 +132,20 @@ def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Expl
     shape = (batch, request.q_heads, request.kv_heads, sequences.q_len, sequences.kv_len)
     builder = Builder(pattern.data, sequences, request.q_heads, request.kv_heads)
     tables = builder.build(levels.program)
-    counts = tuple(count_tiles(levels, builder))
+    tiles = tiles_of_programs(levels, builder)
+    counts = tuple(_counts(levels.kernel, tiles))
     total = _all_pairs(builder)
     needed, sampled = count_pairs(levels.terms, builder), False
     if needed is None:
         measured, sampled = measure_density(pattern, builder)
         needed = round(measured * total)
     density = needed / total if total else 0.0
-    cost = estimate(levels.kernel, list(counts), needed, shape, sum(t.nbytes for t in tables), request.target)
+    plan_bytes, l2_bytes = sum(t.nbytes for t in tables), request.target.l2_bytes
+    cost = cost_of(levels.kernel, list(counts), needed, shape, plan_bytes, l2_bytes)
+    work = work_of(levels.kernel, tiles, float(cost.flops), float(cost.bytes))
+    prediction = predict(work, config_of(levels.kernel), request.target)
     return Explanation(
-        request.pattern, request.target, levels, shape, counts, cost, density, sampled, packed,
+        request.pattern, request.target, levels, shape, counts, cost, prediction, density, sampled, packed,
         choice=choice(request, sizes_of(arguments)),
     )  # fmt: skip
 
@@ -161,8 +168,36 @@ def _all_pairs(builder: Builder) -> int:
 
 def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     """The tiles of each segment, summed over sequences, heads and row tiles."""
-    found = zip(parts(levels.kernel, "segment"), tiles_of_programs(levels, builder), strict=True)
+    return _counts(levels.kernel, tiles_of_programs(levels, builder))
+
+
+def _counts(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+    found = zip(parts(kernel, "segment"), tiles, strict=True)
     return [Counts(op["name"], int(full.sum()), int(masked.sum()), op["contiguous"]) for op, (full, masked) in found]
+
+
+def work_of(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]], flops: float, moved: float) -> Work:
+    """What the cost model is told of a kernel whose segments have these tiles (see `tiles_of_programs`).
+
+    `flops` are those of the needed pairs, `moved` the bytes that must move.
+    """
+    counts = _counts(kernel, tiles)
+    each = sum((full + masked for full, masked in tiles), torch.zeros((), dtype=torch.int64))
+    return Work(
+        kernel["dtype"], kernel["head_dim"], kernel["value_dim"],
+        programs=each.numel(),
+        full=sum(one.full for one in counts),
+        masked=sum(one.masked for one in counts),
+        gathered=sum(one.tiles for one in counts if not one.contiguous),
+        longest=int(each.max()) if each.numel() else 0,
+        flops=flops,
+        bytes=moved,
+    )  # fmt: skip
+
+
+def config_of(kernel: Op) -> Config:
+    """The configuration of a level-3 kernel."""
+    return Config(kernel["block_m"], kernel["block_n"], tuple(kernel["options"]))
 
 
 def tiles_of_programs(levels: Lowered, builder: Builder) -> list[tuple[Tensor, Tensor]]:

@@ -28,7 +28,7 @@ from spgen.autotune.space import Kernel, Space, space_of
 from spgen.autotune.workloads import Case
 from spgen.compile import Lowered, Request, compiled, default_config, lower
 from spgen.errors import SpgenError, WorkloadError
-from spgen.explain import tiles_of_programs
+from spgen.explain import tiles_of_programs, work_of
 from spgen.ir.config import Config
 from spgen.ir.kernel import parts
 from spgen.ir.pattern import read_short, slots
@@ -257,17 +257,9 @@ class Tuned:
 
 def _work_of(levels: Lowered, builder: Builder, case: Case, moved: float) -> Work:
     found = tiles_of_programs(levels, builder)
-    runs = parts(levels.kernel, "segment")
-    full, masked = (int(sum(pair[n].sum() for pair in found)) for n in (0, 1))
-    gathered = sum(
-        int((whole + part).sum()) for op, (whole, part) in zip(runs, found, strict=True) if not op["contiguous"]
-    )
-    each = sum((whole + part for whole, part in found), torch.zeros((), dtype=torch.int64))
-    pairs = (full + masked) * levels.kernel["block_m"] * levels.kernel["block_n"]
-    return Work(
-        case.dtype, case.head_dim, case.value_dim, each.numel(), full, masked, gathered, int(each.max()),
-        2.0 * pairs * (case.head_dim + case.value_dim), moved,
-    )  # fmt: skip
+    tiles = sum(int((whole + part).sum()) for whole, part in found)
+    pairs = tiles * levels.kernel["block_m"] * levels.kernel["block_n"]
+    return work_of(levels.kernel, found, 2.0 * pairs * (case.head_dim + case.value_dim), moved)
 
 
 def _tensors(case: Case, device: torch.device) -> Arguments:

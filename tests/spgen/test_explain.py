@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import spgen as sp
-from spgen.explain import count_pairs, explain_text
+from spgen.explain import count_pairs, explain_text, tiles_of_programs, work_of
 from spgen.patterns import Pattern
 from tests.lowering import Lengths, lowered_builder
 
@@ -64,6 +64,29 @@ def test_text() -> None:
     text = text_of("causal() & (sink(64) | window(1024))")
     for part in ("pattern    causal()", "density    2", "segments   s0 range", "GFLOP computed", "predicted", "kernel"):
         assert part in text
+
+
+def test_the_prediction_is_that_of_the_cost_model() -> None:
+    pattern = sp.causal() & sp.window(1024)
+    q, k, v = (torch.empty(1).expand(1, 8, 4096, 64) for _ in range(3))
+    report = sp.attention(pattern).explain(q, k, v)
+    assert report.prediction is not None
+    line = next(line for line in str(report).splitlines() if line.startswith("predicted"))
+    assert f"limited by {report.prediction.bound}; {report.prediction.sureness}, within a factor of" in line
+    texts = [text_of("causal()", q_shape=(1, 8, length, 64), kv_len=length) for length in (16384, 32768)]
+    short, long = (float(text.split("predicted")[1].split()[0]) for text in texts)
+    assert 2.5 * short < long < 6 * short
+
+
+def test_work_is_counted_by_programs() -> None:
+    levels, builder = lowered_builder(sp.causal(), Lengths(256, 256, 2, 2))
+    tiles = tiles_of_programs(levels, builder)
+    work = work_of(levels.kernel, tiles, 1.0, 2.0)
+    rows, keys = levels.kernel["block_m"], levels.kernel["block_n"]
+    assert work.programs == 2 * (256 // rows)
+    assert work.longest == 256 // keys
+    assert work.tiles == 2 * sum(-(-(n + 1) * rows // keys) for n in range(256 // rows))
+    assert (work.flops, work.bytes, work.gathered) == (1.0, 2.0, 0)
 
 
 def test_data_leave_counts_open() -> None:
