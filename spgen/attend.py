@@ -133,7 +133,7 @@ class Attention:
         results: tuple[Tensor, Tensor] = call(
             q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
             offsets, start, kv_lengths, sink_logits, None if bias is None else _bias(bias), self.scale, self.softcap,
-            return_lse,
+            return_lse, self.dense == "auto",
         )  # fmt: skip
         return results if return_lse else results[0]
 
@@ -211,7 +211,14 @@ def attention(
     """The attention operation over `pattern`.
 
     `scale` multiplies the scores (default 1/sqrt(D)); `softcap` bounds them smoothly, softcap * tanh(score / softcap)
-    (Gemma 2). Nothing is compiled yet. Raises DtypeError when `pattern` is no pattern, PatternError for a scale that is
+    (Gemma 2). Nothing is compiled yet.
+
+    `dense="auto"`: where skipping does not pay, torch's dense attention runs instead, and what data select (lists and
+    masks of blocks, columns, diagonals, top-k) is ignored: the call then attends to all pairs, or all causal ones.
+    Closed forms, documents and permutations are always kept. Shapes decide, by the predicted break-even; the log
+    (SPGEN_LOG=info) and :meth:`Attention.explain` say so. By default, "never", the pattern is the definition.
+
+    Raises DtypeError when `pattern` is no pattern, PatternError for a scale that is
     no finite number or a softcap that is not above 0.
     """
     if not isinstance(pattern, Pattern):
@@ -220,6 +227,6 @@ def attention(
         raise PatternError("scale", given=scale, allowed="a finite number, or None for 1/sqrt(D)")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise PatternError("softcap", given=softcap, allowed="a finite number above 0, or None")
-    if dense != "never":
-        raise UnsupportedError("dense", given=dense, allowed='"never"', remedy="no dense dispatch is built yet")
+    if dense not in ("never", "auto"):
+        raise UnsupportedError("dense", given=repr(dense), allowed='"never" or "auto"')
     return Attention(pattern, scale, softcap, dense)

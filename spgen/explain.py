@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Explanation:
     packed: int | None = None  # sequences of a packed batch
     kernel: Any = field(default=None, repr=False)
     choice: Choice = field(default_factory=Choice)
+    dense: str = ""  # what dense="auto" decides
 
     def __str__(self) -> str:
         lines = [f"pattern    {self.pattern}", f"target     {self.target}", f"call       {self._call()}"]
@@ -60,6 +61,7 @@ class Explanation:
             lines += _cost_lines(self.cost)
             lines += [f"predicted  {self.prediction}"]
         lines += [f"kernel     {self._kernel()}", f"tuned      {self.choice}"]
+        lines += [f"dense      {self.dense}"] if self.dense else []
         return "\n".join(lines)
 
     def _call(self) -> str:
@@ -118,7 +120,13 @@ def _cost_lines(cost: Cost) -> list[str]:
 def explain(attend: Attention, arguments: Arguments) -> Explanation:
     """Explains a call; reads the pattern's data, so it waits for the device. Errors are those of the call."""
     check(arguments)
-    return _explained(request_of(arguments), attend.pattern, arguments)
+    request = request_of(arguments)
+    found = _explained(request, attend.pattern, arguments)
+    if attend.dense != "auto":
+        return found
+    from spgen.dense import verdict
+
+    return replace(found, dense=str(verdict(arguments, request, False)))
 
 
 def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Explanation:

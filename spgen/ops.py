@@ -28,7 +28,7 @@ from spgen.tuned import Sizes, choice, request_for
 _SCHEMA = """attention(
     Tensor q, Tensor k, Tensor v, Tensor[] data, Tensor[] plan, str pattern, Tensor? cu_seqlens_q,
     Tensor? cu_seqlens_k, Tensor? q_offset, SymInt? q_start, Tensor? kv_lengths, Tensor? sink_logits, Tensor? bias,
-    float? scale, float? softcap, bool return_lse
+    float? scale, float? softcap, bool return_lse, bool dense=False
 ) -> (Tensor, Tensor)"""
 _PLAN_SCHEMA = """plan(
     Tensor q, Tensor k, Tensor[] data, str pattern, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offset,
@@ -45,6 +45,7 @@ class _Ready:
     compiled: Compiled
     launch: Callable[..., None] | None  # None: there is nothing to compute
     plan: Callable[..., list[Tensor]] | None  # makes the tables with kernels; None: by tensor operations
+    dense: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # takes the kernel's place
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
     scale: float
 
@@ -69,6 +70,7 @@ def attention(
     scale: float | None,
     softcap: float | None,
     return_lse: bool,
+    dense: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What the operator does on CPUs and GPUs; arguments are those of its schema."""
     offset: Offset = q_offset if q_start is None else q_start
@@ -77,19 +79,21 @@ def attention(
         pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
         offset.dtype if isinstance(offset, Tensor) else offset is None, kv_lengths is None or kv_lengths.dtype,
         None if plan else tuple([(t.shape, t.stride(), t.dtype, t.device) for t in data]),
-        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap),
+        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap), dense and not plan,
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
         arguments = Arguments(
             q, k, v, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths, sink_logits, bias, softcap
         )
-        ready = _prepare(arguments, return_lse)
+        ready = _prepare(arguments, return_lse, dense and not plan)
         if plan:
             _check_tiles(ready.compiled, sizes_of(arguments))
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
         _ready[key] = ready
+    if ready.dense is not None:
+        return _laid_out(ready.dense(q, k, v, ready.scale if scale is None else scale), q), None
     out = _like(q, v.shape[-1])
     lse = q.new_empty(_lse_shape(q), dtype=torch.float32) if return_lse else None
     if ready.starts_empty:
@@ -133,6 +137,12 @@ def _like(q: Tensor, value_dim: int) -> Tensor:
     return q.new_empty(shape)
 
 
+def _laid_out(result: Tensor, q: Tensor) -> Tensor:
+    """A result with the strides that compiled graphs were promised."""
+    out = _like(q, result.shape[-1])
+    return result if result.stride() == out.stride() else out.copy_(result)
+
+
 def _lse_shape(q: Tensor) -> tuple[int, ...]:
     """[B, Hq, Lq], or [Hq, T] for a packed batch."""
     return tuple(q.shape[:3]) if q.dim() == 4 else (q.shape[1], q.shape[0])
@@ -162,16 +172,25 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
-def _prepare(arguments: Arguments, return_lse: bool) -> _Ready:
+def _prepare(arguments: Arguments, return_lse: bool, dense: bool) -> _Ready:
     """Checks a new kind of call and compiles its kernel."""
     check(arguments)
     q, k = arguments.q, arguments.k
     request = request_of(arguments, return_lse)
+    instead = _dense_instead(arguments, request, return_lse) if dense else None
     done = compiled(request)
     idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
     plan = _planner(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
-    return _Ready(done, None if idle else done.kernel, plan, starts_empty, 1 / math.sqrt(q.shape[-1]))
+    return _Ready(done, None if idle else done.kernel, plan, instead, starts_empty, 1 / math.sqrt(q.shape[-1]))
+
+
+def _dense_instead(arguments: Arguments, request: Request, return_lse: bool) -> Callable[..., Tensor] | None:
+    """The dense attention that serves the call better, None if there is none."""
+    from spgen.dense import dense_call, verdict
+
+    found = verdict(arguments, request, return_lse)
+    return dense_call(found, arguments.pattern) if found.dense else None
 
 
 def _builder(arguments: Arguments, request: Request) -> Builder:
@@ -263,7 +282,8 @@ def _plan(*call: Any) -> list[Tensor]:
 def _fake_attention(
     q: Tensor, k: Tensor, v: Tensor, data: Sequence[Tensor], plan: Sequence[Tensor], pattern: str, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return _like(q, v.shape[-1]), q.new_empty(_lse_shape(q) if rest[-1] else (0,), dtype=torch.float32)
+    return_lse = rest[9]  # `dense` behind it has a default, which the dispatcher may leave out
+    return _like(q, v.shape[-1]), q.new_empty(_lse_shape(q) if return_lse else (0,), dtype=torch.float32)
 
 
 def _fake_plan(*call: Any) -> list[Tensor]:

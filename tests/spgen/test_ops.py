@@ -243,7 +243,7 @@ def test_what_is_no_pattern() -> None:
     with pytest.raises(PatternError, match="scale"):
         sp.attention(STREAMING, scale=float("nan"))
     with pytest.raises(UnsupportedError, match="dense"):
-        sp.attention(STREAMING, dense="auto")
+        sp.attention(STREAMING, dense="always")
 
 
 def test_autocast_is_that_of_scaled_dot_product_attention() -> None:
