@@ -124,7 +124,7 @@ def explain(attend: Attention, arguments: Arguments) -> Explanation:
     found = _explained(request, attend.pattern, arguments)
     if attend.dense != "auto":
         return found
-    from spgen.dense import verdict
+    from spgen.dispatch import verdict
 
     return replace(found, dense=str(verdict(arguments, request, False)))
 

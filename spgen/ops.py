@@ -187,7 +187,7 @@ def _prepare(arguments: Arguments, return_lse: bool, dense: bool) -> _Ready:
 
 def _dense_instead(arguments: Arguments, request: Request, return_lse: bool) -> Callable[..., Tensor] | None:
     """The dense attention that serves the call better, None if there is none."""
-    from spgen.dense import dense_call, verdict
+    from spgen.dispatch import dense_call, verdict
 
     found = verdict(arguments, request, return_lse)
     return dense_call(found, arguments.pattern) if found.dense else None
