@@ -119,8 +119,8 @@ class Report:
 def fit(records: Iterable[Record], target: Target, taken: Taken | None = None) -> Fit:
     """Coefficients for `target` from records measured on it.
 
-    `taken(record, config)` gives the resources of compiled kernels where they are known. Raises ValueError where no
-    record has three trials.
+    `taken(record, config)` gives the resources of compiled kernels, by default those in the record. Raises ValueError
+    where no record has three trials.
     """
     cases = _cases(records, target, taken)
     if not cases:
@@ -154,7 +154,7 @@ def _cases(records: Iterable[Record], target: Target, taken: Taken | None) -> li
             if not 0 < seconds <= _MOST * best:
                 continue
             work = Work.of(record.facts, config)
-            resources = taken(record, config) if taken else None
+            resources = taken(record, config) if taken else record.trials[config].resources
             trials.append(_Trial(work, config, resources or estimated(work, config, target), seconds))
         if len(trials) >= _LEAST_TRIALS:
             found.append(_Case(f"{record.name or record.key.structure} #{number}", trials))

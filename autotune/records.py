@@ -12,11 +12,12 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from spgen.autotune.measure import Sample
+from spgen.autotune.work import Resources
 from spgen.errors import RecordError, SpgenError
 from spgen.ir.config import Config
 
@@ -60,16 +61,30 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration's measurement; `fault` says why there is none."""
+    """One configuration's measurement, and what its kernel takes; `fault` says why there is none."""
 
     seconds: float = math.inf
     noise: float = 0.0
     fault: str = ""
+    resources: Resources | None = None
 
     @staticmethod
-    def of(sample: Sample) -> Trial:
+    def of(sample: Sample, resources: Resources | None = None) -> Trial:
         """A trial that went well."""
-        return Trial(sample.seconds, sample.noise)
+        return Trial(sample.seconds, sample.noise, "", resources)
+
+    def to_json(self) -> str | list[float]:
+        """Microseconds, noise, and registers, shared memory and spilled bytes where they are known; or the fault."""
+        taken = astuple(self.resources) if self.resources is not None else ()
+        return self.fault or [float(f"{self.seconds * 1e6:.5g}"), round(self.noise, 4), *taken]
+
+    @staticmethod
+    def from_json(plain: str | list[float]) -> Trial:
+        """The trial of `to_json`'s values."""
+        if isinstance(plain, str):
+            return Trial(fault=plain)
+        seconds, noise, *taken = plain
+        return Trial(seconds / 1e6, noise, "", Resources(*map(int, taken)) if taken else None)
 
 
 @dataclass(frozen=True)
@@ -97,10 +112,7 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        trials = {
-            str(config): trial.fault or [float(f"{trial.seconds * 1e6:.5g}"), round(trial.noise, 4)]
-            for config, trial in self.trials.items()
-        }
+        trials = {str(config): trial.to_json() for config, trial in self.trials.items()}
         return plain | {
             "key": asdict(self.key), "bucket": asdict(self.bucket), "default": str(self.default),
             "config": str(self.config), "gain": round(self.gain, 4), "trials": trials, "facts": dict(self.facts),
@@ -110,10 +122,7 @@ class Record:
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> Record:
         """The record of `to_json`'s values."""
-        trials = {
-            Config.read(text): Trial(fault=found) if isinstance(found, str) else Trial(found[0] / 1e6, found[1])
-            for text, found in plain["trials"].items()
-        }
+        trials = {Config.read(text): Trial.from_json(found) for text, found in plain["trials"].items()}
         return Record(**{
             **plain, "key": Key(**plain["key"]), "bucket": Bucket(**plain["bucket"]), "trials": trials,
             "default": Config.read(plain["default"]), "config": Config.read(plain["config"]),

@@ -16,6 +16,7 @@ from typing import Protocol
 
 from spgen.autotune.measure import Sample
 from spgen.autotune.records import Record, Trial
+from spgen.autotune.work import Resources
 from spgen.ir.config import Config
 
 _FINALISTS = 4
@@ -52,6 +53,9 @@ class Problem(Protocol):
     def neighbours(self, config: Config) -> Sequence[Config]:
         """Configurations that differ in one axis, best predicted first."""
 
+    def taken(self, config: Config) -> Resources | None:
+        """What a compiled kernel takes, where that is known."""
+
     def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
         """Compile side by side; gives each as it is done, with the fault or an empty text."""
 
@@ -69,7 +73,7 @@ def tune(
     """
     chosen = EFFORTS[effort]
     search = _Search(problem, save, said)
-    search.trying(_favourites(problem.record.default, problem.configs(), chosen.favourites))
+    search.trying(favourites(problem.record.default, problem.configs(), chosen.favourites))
     for _ in range(chosen.steps):
         best = search.best()
         around = [config for config in problem.neighbours(best) if config not in search.record.trials]
@@ -79,8 +83,8 @@ def tune(
     return search.finish(effort, chosen.rounds)
 
 
-def _favourites(default: Config, configs: Sequence[Config], count: int) -> list[Config]:
-    """The default, the first of every kind of tile for half of the places, then the first ones."""
+def favourites(default: Config, configs: Sequence[Config], count: int) -> list[Config]:
+    """Of `configs`, best first: the default, the first of every kind of tile for half of the places, the first ones."""
     kinds: dict[tuple[int, int, int], Config] = {}
     for config in configs:
         kinds.setdefault((config.block_m, config.block_n, config.option("warps")), config)
@@ -134,6 +138,9 @@ class _Search:
         return self.record
 
     def _note(self, found: Mapping[Config, Sample | str]) -> None:
-        new = {config: Trial(fault=one) if isinstance(one, str) else Trial.of(one) for config, one in found.items()}
+        new = {
+            config: Trial(fault=one) if isinstance(one, str) else Trial.of(one, self._problem.taken(config))
+            for config, one in found.items()
+        }
         self.record = replace(self.record, trials={**self.record.trials, **new})
         self._save(self.record)

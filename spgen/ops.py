@@ -227,8 +227,11 @@ def _check_tiles(done: Compiled, sizes: Sizes) -> None:
         )  # fmt: skip
 
 
-def request_of(arguments: Arguments, return_lse: bool = False) -> Request:
-    """What a kernel is specialised for; while tracing, int() fixes the heads and head sizes of the graph."""
+def request_of(arguments: Arguments, return_lse: bool = False, target: Target | None = None) -> Request:
+    """What a kernel is specialised for; while tracing, int() fixes the heads and head sizes of the graph.
+
+    `target` is the processor of the tensors unless another is given.
+    """
     q, k, v, offset = arguments.q, arguments.k, arguments.v, arguments.q_offset
     heads_at = -3 if q.dim() == 4 else -2
     mode = "default" if offset is None else "tensor" if isinstance(offset, Tensor) else "scalar"
@@ -239,7 +242,7 @@ def request_of(arguments: Arguments, return_lse: bool = False) -> Request:
         "none" if bias is None else "alibi" if bias.dim() == 2 else "key",
     )  # fmt: skip
     heads = int(q.shape[heads_at]), int(k.shape[heads_at])
-    return request_for(arguments.pattern, call, *heads, Target.of(q.device), sizes_of(arguments))
+    return request_for(arguments.pattern, call, *heads, target or Target.of(q.device), sizes_of(arguments))
 
 
 def sizes_of(arguments: Arguments) -> Sizes:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from spgen.autotune.work import Resources
 from spgen.compile import Request, compiled
 from spgen.errors import ToolchainError
 from spgen.passes.schedule import Call
 from spgen.target import Target
 from spgen.tuned import Sizes, request_for
+
+if TYPE_CHECKING:
+    from spgen.backends.triton_binary import Binary
+    from spgen.backends.triton_compile import Variant
 
 
 def compile_text(
@@ -36,10 +41,31 @@ def compile_text(
 def compile_request(request: Request, *, all_variants: bool = False) -> Any:
     """The kernel of a request, with the binaries that contiguous tensors need in the cache; no device is needed."""
     kernel = compiled(request).kernel
-    if request.target.kind == "cuda":
-        from spgen.backends.triton_compile import Variant, binary, wants_tensor_maps
-
-        mapped = wants_tensor_maps(kernel.kernel, request.target)
-        for tma in [True, False][not mapped : 2 if all_variants or not mapped else 1]:
-            binary(kernel.kernel, kernel.path, Variant(aligned=True, tma=tma), request.target)
+    for variant in _variants(kernel, request.target)[: None if all_variants else 1]:
+        _binary(kernel, variant, request.target)
     return kernel
+
+
+def resources_of(request: Request) -> Resources:
+    """What the kernel of a request takes of its target, compiled now if it is not in the cache; nothing on a CPU."""
+    kernel = compiled(request).kernel
+    variants = _variants(kernel, request.target)
+    if not variants:
+        return Resources()
+    return Resources(**_binary(kernel, variants[0], request.target).resources)
+
+
+def _binary(kernel: Any, variant: Variant, target: Target) -> Binary:
+    from spgen.backends.triton_compile import binary
+
+    return binary(kernel.kernel, kernel.path, variant, target)
+
+
+def _variants(kernel: Any, target: Target) -> list[Variant]:
+    """Those that contiguous tensors need, the usual one first."""
+    if target.kind == "cpu":
+        return []
+    from spgen.backends.triton_compile import Variant, wants_tensor_maps
+
+    mapped = [Variant(aligned=True, tma=True)] if wants_tensor_maps(kernel.kernel, target) else []
+    return [*mapped, Variant(aligned=True)]

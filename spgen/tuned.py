@@ -154,6 +154,14 @@ def user_records() -> Path:
     return given if isinstance(given, Path) else cache_home() / "spgen" / "records"
 
 
+def records_of(target: Target) -> list[Records]:
+    """All known records of a target, the user's first; those of its architecture if there are none of its name."""
+    device = device_of(target)
+    known = [records for _, records in _all_records(user_records())]
+    same = [records for records in known if _is_same(records.device, device)]
+    return same or [records for records in known if _is_like(records.device, device)]
+
+
 def _candidates(target: Target, key: Key) -> tuple[tuple[Path, Records], ...]:
     """Files with records of the kind: those of this device, else those of its architecture; the user's first."""
     device = device_of(target)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spgen.autotune.records import Record, Records
     from spgen.autotune.workloads import Case
     from spgen.target import Target
-    from spgen.tune import Place
+    from spgen.tuning.session import Place
 
 
 class Effort(str, Enum):
@@ -39,12 +39,19 @@ def autotune(
     devices: Annotated[str, typer.Option(help="GPUs side by side: 0,1 or all.")] = "0",
     records: Annotated[Path | None, typer.Option(help="The file to keep results in.")] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Only take over the records of this file.")] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Compile for a target that is not here, and rank by the cost model.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="How well the cost model predicts the records; nothing is run.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(help="With --report: a picture, .png or .svg.")] = None,
     show: Annotated[bool, typer.Option("--list", help="List the named workloads.")] = False,
 ) -> None:
     """Find the fastest configuration of each kernel by measuring, and remember it.
 
     Later calls of the same kind and about the same sizes use what was found. Interrupted, it goes on where it stopped;
-    what is finished is not measured again.
+    what is finished is not measured again. Exit codes: 0, 1 if every call failed, 2 for an error, 130 if interrupted.
     """
     from spgen.autotune import workloads
     from spgen.target import Target
@@ -54,6 +61,9 @@ def autotune(
             print(f"{name:20} {about}")
         return
     target = Target.of(call.target)
+    if report:
+        _report(target, records, plot)
+        return
     path = records or _own_file(target)
     known = _records(path, target)
     if merge:
@@ -66,6 +76,9 @@ def autotune(
             "autotune", given="nothing to tune", allowed="--workload NAME, or a pattern",
             remedy="spgen autotune --list shows the named workloads",
         )  # fmt: skip
+    if offline:
+        _offline(cases, target, effort.value)
+        return
     known.save(path)  # a file that cannot be written is told before minutes of work, not after
     done = [record for case in cases if (record := _finished(known, case, target, effort)) is not None]
     left = [case for case in cases if _finished(known, case, target, effort) is None]
@@ -129,7 +142,7 @@ def _run(cases: Sequence[Case], target: Target, known: Records, path: Path, effo
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from spgen.tune import Session
+    from spgen.tuning.session import Session
 
     found: list[Record] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -167,7 +180,7 @@ def _places(target: Target, devices: str) -> list[Place]:
     import torch
 
     from spgen.target import Target
-    from spgen.tune import Place
+    from spgen.tuning.session import Place
 
     if target.kind == "cpu":
         here = Target.of("cpu")
@@ -209,3 +222,50 @@ def _show(found: Sequence[Record], path: Path) -> None:
     if found:
         mean = exp(sum(log(record.gain) for record in found) / len(found))
         console.print(f"{mean:.3f} x the default in geometric mean; kept in {path}", soft_wrap=True)
+
+
+def _offline(cases: Sequence[Case], target: Target, effort: str) -> None:
+    """Rank without the device."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from spgen.tuning.compilers import Compilers
+    from spgen.tuning.offline import rank
+
+    console = Console(highlight=False)
+    with Compilers() as compilers, Progress(console=Console(stderr=True), transient=True) as progress:
+        for case in cases:
+            task = progress.add_task(case.name)
+
+            def said(what: str, done: int, total: int, task: Any = task, name: str = case.name) -> None:
+                progress.update(task, description=f"{name}: {what}", completed=done, total=total)
+
+            found = rank(case, target, effort, compilers, said)
+            progress.remove_task(task)
+            table = Table(title=f"{case.name} on {target}", title_justify="left")
+            for name in ("configuration", "predicted", "limited by", "registers", "shared", "spilled"):
+                table.add_column(name, justify="left" if name == "configuration" else "right")
+            for one in found:
+                taken = one.resources
+                cells = (
+                    ["–"] * 3 if taken is None else [str(taken.registers), f"{taken.shared} B", f"{taken.spilled} B"]
+                )
+                limit = one.prediction.bound if not one.fault else one.fault
+                time = "–" if one.fault else f"{one.prediction.seconds * 1e3:.3f} ms"
+                table.add_row(str(one.config), time, limit, *cells)
+            console.print(table)
+            sure = found[0].prediction
+            console.print(f"coefficients {sure.sureness}: times lie within a factor of {sure.spread:.2f}")
+
+
+def _report(target: Target, records: Path | None, plot: Path | None) -> None:
+    """The cost model against what was measured."""
+    from spgen.tuning.fit import break_evens, plot_of, reported
+
+    found = reported(target, records)
+    print(found)
+    print(break_evens(target, records))
+    if plot is not None:
+        plot_of(found, plot)
+        print(plot)

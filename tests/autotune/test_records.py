@@ -77,7 +77,7 @@ def test_a_file_reads_back(tmp_path_factory: pytest.TempPathFactory, some: list[
         assert own.trials.keys() == other.trials.keys()
         assert replace(own, gain=1, trials={}) == replace(other, gain=1, trials={})
         for config, trial in own.trials.items():
-            assert other.trials[config].fault == trial.fault
+            assert (other.trials[config].fault, other.trials[config].resources) == (trial.fault, trial.resources)
             assert trial.fault or math.isclose(other.trials[config].seconds, trial.seconds, rel_tol=1e-4)
     read.save(path)
     assert Records.load(path).found == read.found  # nothing is rounded twice

@@ -14,6 +14,7 @@ from spgen.autotune.measure import Sample
 from spgen.autotune.records import Bucket, Key, Record, Trial
 from spgen.autotune.search import EFFORTS, tune
 from spgen.autotune.space import UNSET, Kernel, Space, space_of
+from spgen.autotune.work import Resources
 from spgen.ir.config import Config
 from spgen.target import Target
 
@@ -41,6 +42,9 @@ class Fake:
 
     def neighbours(self, config: Config) -> list[Config]:
         return sorted(SPACE.neighbours(config), key=lambda other: self.likes[other])
+
+    def taken(self, config: Config) -> Resources:
+        return Resources(registers=config.block_m)
 
     def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
         return ((config, self.faults.get(config, "")) for config in configs)
@@ -77,6 +81,7 @@ def test_the_winner_is_the_fastest_measured_and_no_slower_than_the_default(seed:
     best = min(found.trials.values(), key=lambda trial: trial.seconds).seconds
     assert problem.times[found.config] <= problem.times[DEFAULT]
     assert problem.times[found.config] == pytest.approx(best, rel=0.006)
+    assert all(trial.resources == Resources(registers=config.block_m) for config, trial in found.trials.items())
     assert found.gain == pytest.approx(problem.times[DEFAULT] / problem.times[found.config])
 
 

@@ -13,9 +13,9 @@ from spgen.autotune.fit import evaluate
 from spgen.autotune.model import Work, estimated, terms_of
 from spgen.autotune.records import Bucket, Device, Key, Record, Records, Trial
 from spgen.errors import RecordError
-from spgen.fit_model import fitted, main, plot, write
 from spgen.ir.config import Config
 from spgen.target import Target
+from spgen.tuning.fit import fitted, main, plot_of, write
 
 H200 = Target.of("h200")
 
@@ -62,7 +62,7 @@ def test_the_command_writes_coefficients_that_are_then_used(tmp_path: Path, caps
 def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = Records.load(records(tmp_path / "found.json"))
-    plot(evaluate(found, H200, {}), tmp_path / "model.png")
+    plot_of(evaluate(found, H200, {}), tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
 
 

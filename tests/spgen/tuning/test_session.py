@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from spgen import tune as module
 from spgen.autotune import search
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import Effort
@@ -19,8 +18,10 @@ from spgen.autotune.workloads import Case
 from spgen.errors import SpgenError, WorkloadError
 from spgen.ir.config import Config
 from spgen.target import Target
-from spgen.tune import Compilers, Place, Session, Tuned
 from spgen.tuned import device_of
+from spgen.tuning import subject as module
+from spgen.tuning.compilers import Compilers
+from spgen.tuning.session import Place, Session, Tuned
 
 pytest.importorskip("tvm")
 
@@ -74,7 +75,7 @@ def test_a_session_finishes_saves_and_does_not_measure_again(tmp_path: Path, mon
 def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
     case = replace(CASE, pattern="causal()", q_len=256, kv_len=256)
     problem = Tuned(case, HERE, compilers)
-    programs, full, masked, gathered, longest = problem.facts["tiles"]["64x64"]
+    programs, full, masked, gathered, longest = problem.subject.facts["tiles"]["64x64"]
     assert (programs, full, masked, gathered, longest) == (2 * 4, 2 * 6, 2 * 4, 0, 4)
 
 
@@ -101,14 +102,14 @@ def test_what_does_not_fit_the_memory_is_a_fault(compilers: Compilers, monkeypat
 def test_a_case_that_does_not_fit_is_skipped_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module._tensors
+    real = module._arguments
 
-    def tensors(case: Case, device: torch.device) -> object:
+    def tensors(case: Case, device: torch.device, values: bool) -> object:
         if case.name == "huge":
             raise torch.OutOfMemoryError("no")
-        return real(case, device)
+        return real(case, device, values)
 
-    monkeypatch.setattr(module, "_tensors", tensors)
+    monkeypatch.setattr(module, "_arguments", tensors)
     one, found = session(tmp_path / "mine.json", replace(CASE, name="huge"), CASE)
     one.run()
     assert one.faults == {"huge": "out of memory: the call itself does not fit"}
@@ -117,9 +118,9 @@ def test_a_case_that_does_not_fit_is_skipped_and_the_next_one_runs(
 
 def test_a_pattern_that_cannot_be_read_names_the_case() -> None:
     with pytest.raises(WorkloadError, match=r"(?s)workload small: got .*windw"):
-        module._tensors(replace(CASE, pattern="causal() & windw(4)"), HERE.device)
+        module._arguments(replace(CASE, pattern="causal() & windw(4)"), HERE.device, False)
     with pytest.raises(SpgenError, match="workload small"):
-        module._tensors(replace(CASE, density=2.0), HERE.device)
+        module._arguments(replace(CASE, density=2.0), HERE.device, False)
 
 
 def test_a_fault_of_the_compiler_is_one_line(compilers: Compilers) -> None:

@@ -1,6 +1,6 @@
 """Fit the cost model of a target to records of `spgen autotune`, and say how good it is.
 
-    python -m spgen.fit_model RECORDS.json --target h200 --plot model.png --write spgen/targets/h200.json
+    python -m spgen.tuning.fit RECORDS.json --target h200 --plot model.png --write spgen/targets/h200.json
 
 Each call is judged by coefficients that were fitted without it. `--write` puts them into a target's description.
 """
@@ -14,11 +14,48 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spgen.autotune.fit import Fit, Report, evaluate, fit
+from spgen.autotune.model import break_even
 from spgen.autotune.records import Record, Records
+from spgen.compile import Request, default_config
 from spgen.errors import RecordError, ToolchainError
+from spgen.passes.schedule import Call
 from spgen.target import Target
+from spgen.tuned import records_of
 
 _COLOURS = 20  # of matplotlib's tab20
+
+
+def reported(target: Target, path: Path | None = None) -> Report:
+    """How well the target's coefficients rank the trials of a file, by default of all known records of the target.
+
+    Raises RecordError where there is none.
+    """
+    found = [Records.load(path)] if path else records_of(target)
+    records = [record for one in found for record in one if record.facts and record.trials]
+    if not records:
+        raise RecordError(
+            "records", given=f"none of {target.name}", allowed="records with trials", remedy="run spgen autotune first"
+        )
+    return evaluate(records, target, {name: value for name, value in target.model if name != "spread"})
+
+
+def break_evens(target: Target, path: Path | None = None) -> str:
+    """From which share of the pairs dense attention is faster: predicted, and as the fastest causal records say."""
+    found = [Records.load(path)] if path else records_of(target)
+    lines = []
+    for dtype, head_dim in dict.fromkeys(name.split() for name, _ in target.dense):
+        rate = dict(target.dense)[f"{dtype} {head_dim}"]
+        call = Call(dtype, int(head_dim), int(head_dim))
+        config = default_config(Request("causal()", call, 32, 8, False, target))
+        text = f"break-even with dense attention, {dtype}, {head_dim} channels: predicted at "
+        text += f"{break_even(target, dtype, int(head_dim), config):.0%} of the pairs"
+        own = [
+            record.facts["flops"] / record.trials[record.config].seconds for one in found for record in one
+            if record.key.structure == "before" and (record.key.dtype, record.key.head_dim) == (dtype, int(head_dim))
+            and record.effort and record.bucket.width == record.bucket.keys
+        ]  # fmt: skip
+        lines.append(text + (f", measured at {min(max(own) / rate, 1):.0%}" if own else ", nothing measured"))
+    return "\n".join(lines)
 
 
 def fitted(paths: Sequence[Path], target: Target) -> tuple[Fit, Report, Report]:
@@ -50,7 +87,7 @@ def write(path: Path, chosen: Fit) -> None:
     path.write_text(text.rstrip().removesuffix("}").rstrip() + f",\n{line}\n}}\n", encoding="utf-8")
 
 
-def plot(report: Report, path: Path) -> None:
+def plot_of(report: Report, path: Path) -> None:
     """Predicted against measured seconds, both logarithmic, a colour for each call. Needs the extra `show`."""
     try:
         from matplotlib.figure import Figure
@@ -72,7 +109,7 @@ def plot(report: Report, path: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m spgen.fit_model", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m spgen.tuning.fit", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("records", nargs="+", type=Path)
     parser.add_argument("--target", default="h200", help="as for spgen autotune")
     parser.add_argument("--plot", type=Path, help="a picture of predicted against measured")
@@ -82,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"with the coefficients known so far:\n{before}\n\nfitted, each call by the others:\n{after}\n")
     print(json.dumps(chosen.to_json(), indent=1))
     if given.plot:
-        plot(after, given.plot)
+        plot_of(after, given.plot)
     if given.write:
         write(given.write, chosen)
 

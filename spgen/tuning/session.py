@@ -1,0 +1,200 @@
+"""Tuning by measurement: cases one after the other on each device, every reading kept."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.autotune.measure import Sample, Timer, on_gpu, samples, wall
+from spgen.autotune.records import Record, Records
+from spgen.autotune.search import tune
+from spgen.autotune.work import Resources
+from spgen.autotune.workloads import Case
+from spgen.compile import compiled
+from spgen.errors import SpgenError
+from spgen.ir.config import Config
+from spgen.ir.kernel import parts
+from spgen.ir.tiles import table_ops
+from spgen.target import Target
+from spgen.tuning.compilers import Compilers, first_line
+from spgen.tuning.subject import Subject
+
+_MILLISECONDS = 20  # of one reading on a GPU
+_WALLS = 3  # calls behind one reading on a CPU
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest value, between two configurations
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call is tuned: a target and the device that runs its kernels."""
+
+    target: Target
+    device: torch.device
+
+    @property
+    def timer(self) -> Timer:
+        """Seconds of a call on the device."""
+        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else _walls
+
+
+def _walls(call: Callable[[], Any]) -> float:
+    return sorted(wall(call) for _ in range(_WALLS))[_WALLS // 2]
+
+
+class Tuned:
+    """One case as the search's Problem. Making it draws the tensors of the call on the device."""
+
+    def __init__(self, case: Case, place: Place, compilers: Compilers, known: Record | None = None) -> None:
+        self.subject = Subject(case, place.target, place.device, values=True)
+        self.default = self.subject.default
+        self._place, self._compilers, self._known = place, compilers, known
+        self._taken: dict[Config, Resources] = {}
+        self._expected: Tensor | None = None
+
+    @cached_property
+    def record(self) -> Record:
+        """What is known so far."""
+        fresh, known = self.subject.empty_record, self._known
+        if known is not None and (known.toolchain, known.default) == (fresh.toolchain, fresh.default):
+            return replace(known, facts=fresh.facts)
+        return fresh
+
+    def configs(self) -> list[Config]:
+        """The space, best predicted first."""
+        return self.subject.by_prediction(self.subject.space)
+
+    def neighbours(self, config: Config) -> list[Config]:
+        """One axis changed, best predicted first."""
+        return self.subject.by_prediction(self.subject.space.neighbours(config))
+
+    def taken(self, config: Config) -> Resources | None:
+        """What the compiled kernel takes."""
+        return self._taken.get(config)
+
+    def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
+        """Compile side by side. On a CPU all are compiled before the first is handed out and measured."""
+        requests = {replace(self.subject.request, config=config): config for config in configs}
+
+        def noted() -> Iterator[tuple[Config, str]]:
+            for request, found in self._compilers.compile(list(requests)):
+                if isinstance(found, Resources):
+                    self._taken[requests[request]] = found
+                yield requests[request], found if isinstance(found, str) else ""
+
+        return iter(list(noted())) if self._place.target.kind == "cpu" else noted()
+
+    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
+        """Readings in turns; results are compared with that of the default."""
+        prepared = {config: self._prepared(config) for config in configs}
+        faults = {config: found for config, found in prepared.items() if isinstance(found, str)}
+        calls = {str(config): found for config, found in prepared.items() if not isinstance(found, str)}
+        try:
+            taken = samples(calls, rounds=rounds, timer=self._place.timer, warm_up=0)
+        except torch.OutOfMemoryError as fault:
+            return dict.fromkeys(configs, _fault(fault))
+        return {**faults, **{Config.read(text): sample for text, sample in taken.items()}}
+
+    def _prepared(self, config: Config) -> Callable[[], None] | str:
+        """A launch of the bare kernel, whose result was compared, or the fault."""
+        try:
+            return self._launch(config)
+        except (SpgenError, torch.OutOfMemoryError) as fault:
+            return _fault(fault)
+
+    def _launch(self, config: Config) -> Callable[[], None]:
+        call, case = self.subject.call, self.subject.case
+        kernel = compiled(replace(self.subject.request, config=config)).kernel
+        levels, tables = self.subject.lowered(config)
+        names = [op["name"] for op in table_ops(levels.program)]
+        read = [tables[names.index(op["name"])] for op in parts(levels.kernel, "table")]
+        out = call.q.new_zeros((*call.q.shape[:-1], case.value_dim))
+        launch = partial(kernel, call.q, call.k, call.v, out, None, read, None, None, 1 / math.sqrt(case.head_dim))
+        launch()
+        if config == self.default:
+            self._expected = out.clone()
+        elif self._expected is None:
+            self._launch(self.default)
+        assert self._expected is not None
+        largest = self._expected.float().abs().max().clamp(min=1e-30)
+        off = float((out.float() - self._expected.float()).abs().max() / largest)
+        if not off <= _TOLERANCE[case.dtype]:
+            raise SpgenError(f"config {config}", given=f"results that are {off:.1e} off those of {self.default}")
+        return launch
+
+
+def _fault(fault: Exception) -> str:
+    if isinstance(fault, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return "out of memory"
+    return first_line(fault)
+
+
+@dataclass
+class Session:
+    """Cases, where they are tuned, and the file that keeps the results."""
+
+    cases: Sequence[Case]
+    places: Sequence[Place]
+    records: Records
+    path: Path
+    effort: str
+    said: Callable[[Case, str, int, int], None]
+    finished: Callable[[Case, Record | str], None]
+    faults: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Tune what is not finished, one case at a time on each place; every new reading is saved at once.
+
+        A case that fails is skipped; `faults` says why.
+        """
+        self._waiting, self._lock, self._stopped = list(self.cases), threading.Lock(), threading.Event()
+        with Compilers() as compilers:
+            if len(self.places) == 1:
+                self._work(self.places[0], compilers)
+                return
+            threads = [
+                threading.Thread(target=self._work, args=(place, compilers), daemon=True) for place in self.places
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                for thread in threads:
+                    thread.join()
+            finally:
+                self._stopped.set()
+
+    def _work(self, place: Place, compilers: Compilers) -> None:
+        while not self._stopped.is_set():
+            with self._lock:
+                if not self._waiting:
+                    return
+                case = self._waiting.pop(0)
+            result = self._result(case, place, compilers)
+            if isinstance(result, str):
+                self.faults[case.name] = result
+            self.finished(case, result)
+
+    def _result(self, case: Case, place: Place, compilers: Compilers) -> Record | str:
+        known = next((record for record in self.records if record.case == asdict(case)), None)
+        try:
+            problem = Tuned(case, place, compilers, known)
+            found = tune(problem, self.effort, self._save, partial(self.said, case))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return "out of memory: the call itself does not fit"
+        except SpgenError as fault:
+            return str(fault)
+        return found if found.effort else f"the default does not run: {found.trials[found.default].fault}"
+
+    def _save(self, record: Record) -> None:
+        with self._lock:
+            self.records.add(record)
+            self.records.save(self.path)
