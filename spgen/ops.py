@@ -105,7 +105,7 @@ def attention(
         if plan or ready.plan is None:
             built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
         else:
-            built = ready.plan(data, offset, kv_lengths)
+            built = ready.plan(data, offset, kv_lengths, cu_seqlens_q, cu_seqlens_k)
         tables = [built[at] for at in ready.compiled.read]
     scale = ready.scale if scale is None else scale
     if plain:
@@ -200,8 +200,8 @@ def _builder(arguments: Arguments, request: Request) -> Builder:
 
 
 def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]] | None:
-    """What makes the tables of such calls with kernels: a function of data, q_offset and kv_lengths."""
-    planner = None if arguments.packed else planner_of(program, request.target)
+    """What makes the tables of such calls with kernels: a function of data, q_offset, kv_lengths and boundaries."""
+    planner = planner_of(program, request.target)
     if planner is None:
         return None
     try:
@@ -279,7 +279,8 @@ def _plan(*call: Any) -> list[Tensor]:
     planned = _planner(arguments, request, program)
     if planned is None:
         return _builder(arguments, request).build(program)
-    return planned(arguments.data, arguments.q_offset, arguments.kv_lengths)
+    a = arguments
+    return planned(a.data, a.q_offset, a.kv_lengths, a.cu_seqlens_q, a.cu_seqlens_k)
 
 
 def _fake_attention(

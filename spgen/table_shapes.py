@@ -15,7 +15,10 @@ _BITS = 32  # of a word
 
 @dataclass(frozen=True)
 class Sizes:
-    """A call's sizes: rows and keys of its tensors, heads, and which values differ from sequence to sequence."""
+    """A call's sizes: rows and keys of its tensors, heads, and which values differ from sequence to sequence.
+
+    Of a packed batch `batch` is the number of sequences, the rows and keys are those of all together.
+    """
 
     batch: int
     q_len: int
@@ -25,6 +28,11 @@ class Sizes:
     shapes: Sequence[Sequence[int]]  # of the pattern's tensors
     kv_lengths: bool = False
     q_offsets: bool = False
+    packed: bool = False
+
+    def tiles(self, rows: int) -> int:
+        """Row tiles of `rows` rows; the slots of a packed batch."""
+        return self.q_len // rows + self.batch + 2 if self.packed else int(-(-self.q_len // rows))
 
     def lead(self, slot: Slot, core: int) -> tuple[int, int]:
         """Batch and heads of a tensor with `core` axes behind them."""
@@ -42,7 +50,9 @@ class Sizes:
 
     @property
     def varying(self) -> frozenset[str]:
-        """The variables that differ from sequence to sequence."""
+        """The variables for whose sake a table has a batch axis: none where all sequences lie in one."""
+        if self.packed:
+            return frozenset()
         names = {"b"} | ({"kv_len"} if self.kv_lengths else set())
         return frozenset(names | ({"q_offset"} if self.q_offsets else set()))
 
@@ -79,13 +89,14 @@ def _membership(op: Op, sizes: Sizes) -> tuple[int, int, int]:
 
 def _units(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
     batch, heads, groups = _membership(op, sizes)
-    rows = -(-sizes.q_len // op["row_tile"]) if op["row_tile"] and op["rows"] else groups
+    if op["row_tile"] and op["rows"]:
+        batch, groups = 1 if sizes.packed else batch, sizes.tiles(op["row_tile"])
     width = sizes.units(op)
     if op["mask"] is not None:
         width = min(width, sizes.last(op["mask"]))
     elif op["indptr"] is None:
         width = min(width, entries_of(op, sizes))
-    return batch, heads, rows, max(width, 1)
+    return batch, heads, groups, max(width, 1)
 
 
 def _bits(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
@@ -104,7 +115,12 @@ def _diagonal_bits(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
     batch, heads = sizes.lead(op["offsets"], 1)
     varies = sizes.varying & ({"kv_len", "q_offset"} if op["order"] is None else {"q_offset"})
     keys = sizes.kv_len if op["order"] is None else sizes.last(op["order"])
-    size = sizes.q_len + keys + 1 + 2 * op["margin"]
+    around = 1 + 2 * op["margin"]
+    size = sizes.q_len + keys + around
+    if sizes.packed:
+        # the bits of all sequences, one behind the other; an order of keys ranks as many in each of them
+        size += (sizes.batch - 1) * (around + (0 if op["order"] is None else keys))
+        return 1, heads, 1, -(-size // _BITS)
     return sizes.batch if varies else batch, heads, 1, -(-size // _BITS)
 
 
@@ -123,7 +139,8 @@ def _order(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
 
 
 def _extent(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
-    return *sizes.lead(op["order"], 1), -(-sizes.q_len // op["row_tile"]), 2
+    batch, heads = sizes.lead(op["order"], 1)
+    return 1 if sizes.packed else batch, heads, sizes.tiles(op["row_tile"]), 2
 
 
 def _touch(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
@@ -132,7 +149,9 @@ def _touch(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
     # the row of the call, `r`, is the position less the offset
     names = free_variables(predicate) | {"kv_len", "q_offset"}
     batch = _batch(names, tables(predicate), sizes, known)
-    return batch, heads, -(-sizes.q_len // op["rows"]) + 1, -(-sizes.units(op) // _BITS)
+    if sizes.packed:
+        return 1, heads, sizes.q_len // op["rows"] + 2 * sizes.batch + 1, -(-sizes.units(op) // _BITS)
+    return batch, heads, sizes.tiles(op["rows"]) + 1, -(-sizes.units(op) // _BITS)
 
 
 def _splits(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
@@ -141,7 +160,7 @@ def _splits(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
     read = [op[bound] - op["base"] for bound in bounds]
     names = frozenset[str]().union(*map(free_variables, read))
     batch = _batch(names, frozenset({op["units"]}).union(*map(tables, read)), sizes, known)
-    return batch, heads, -(-sizes.q_len // op["row_tile"]), 4
+    return 1 if sizes.packed else batch, heads, sizes.tiles(op["row_tile"]), 4
 
 
 def _batch(names: frozenset[str], read: frozenset[str], sizes: Sizes, known: Mapping[str, Shape]) -> int:

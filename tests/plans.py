@@ -12,7 +12,15 @@ from spgen.ir.tiles import table_ops
 from spgen.patterns import Pattern
 from spgen.tables import Builder
 from spgen.target import Target
+from tests.kinds import LENGTH
 from tests.lowering import Lengths, lowered_builder
+
+
+def packed_lengths(**options: Any) -> Lengths:
+    """Sequences that fit tests/kinds.py: empty ones, rows before the first, rows and keys behind the last."""
+    cu_q = torch.tensor([5, LENGTH, 33, 0, 1, 90]).cumsum(0)
+    cu_k = torch.tensor([3, LENGTH, 40, 7, 0, 60]).cumsum(0).int()
+    return Lengths(LENGTH, LENGTH, 4, 2, 5, cu_q=cu_q, cu_k=cu_k, **options)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -24,6 +24,7 @@ from spgen.backends.triton_launch import MAX_GRID, Call, Function
 from spgen.errors import ShapeError
 from spgen.ir.node import Op
 from spgen.ir.tiles import table_ops
+from spgen.sequences import Sequences
 from spgen.settings import triton_interpreted
 from spgen.table_shapes import Shape, Sizes, entries_of, table_shapes
 from spgen.tables import Builder
@@ -32,6 +33,7 @@ from spgen.templates.triton import plan
 from spgen.templates.triton.plan import ENTRIES, LANES, SPLIT, Parameter, Planning, Work
 
 _WARPS = 4
+_CALL = ("kv_lengths", "q_offset", "cu_seqlens_q", "cu_seqlens_k")  # what a call brings beside the pattern's tensors
 _MANY_CALLS = 4096
 # Lists share the bitmaps of so many programs: as many as run at a time, fewer where they would not fit in 32 MB of L2
 _MARKERS, _FEW_MARKERS, _BITMAP_WORDS = 2048, 256, 2**23
@@ -64,8 +66,8 @@ class Planner:
 
         Asynchronous, on the current stream of the tensors' device.
         """
-        sequences = builder.sequences
-        return self.ready(builder)(builder.data, sequences.q_offset, sequences.kv_lengths)
+        one = builder.sequences
+        return self.ready(builder)(builder.data, one.q_offset, one.kv_lengths, one.cu_q, one.cu_k)
 
     def ready(self, builder: Builder) -> Ready:
         """What calls with tensors of the builder's shapes, strides and dtypes share; compiles kernels that are new."""
@@ -74,6 +76,8 @@ class Planner:
         key = (
             sequences.device, sequences.batch, sequences.q_len, sequences.kv_len, builder.q_heads, builder.kv_heads,
             offset.dtype if isinstance(offset, Tensor) else offset is None, None if lengths is None else lengths.dtype,
+            None if sequences.cu_q is None else sequences.cu_q.dtype,
+            None if sequences.cu_k is None else sequences.cu_k.dtype,
             tuple((tensor.shape, tensor.stride()) for tensor in builder.data),
         )  # fmt: skip
         with self._lock:
@@ -92,6 +96,7 @@ class Planner:
         return Planning(
             tuple(work for work in works if work is not None),
             tuple((op["name"], op["heads"]) for op in self.tables), mode, sequences.kv_lengths is not None,
+            sequences.packed,
         )  # fmt: skip
 
     def _work(self, op: Op, sizes: Sizes) -> Work | None:
@@ -164,7 +169,7 @@ class Ready:
         shapes = table_shapes(owner.tables, sizes)
         self._tables = owner.tables
         self._heads = builder.q_heads, builder.kv_heads
-        self._sequences = replace(builder.sequences, q_offset=None, kv_lengths=None)  # keeps no tensor alive
+        self._sequences = replace(builder.sequences, q_offset=None, kv_lengths=None, cu_q=None, cu_k=None)
         self._device = builder.sequences.device
         self._index = self._device.index
         self._constants = {op["name"]: builder.make(op) for op in owner.tables if op.kind == "constants"}
@@ -172,7 +177,8 @@ class Ready:
         by_kernels = {name for work in planning.works for name in (work.name, work.partner) if name}
         self._made = by_kernels | set(self._constants) | empty
         self._late = {work.name for work in planning.of(SPLIT)}
-        self._filled = [at for at, op in enumerate(owner.tables) if op.kind == "rank"]
+        filled = {"rank": -1} | ({"diagonal_bits": 0} if sizes.packed else {})
+        self._filled = [(at, filled[op.kind]) for at, op in enumerate(owner.tables) if op.kind in filled]
         scratch = [_scratch(work, shapes[work.name], sizes) for work in planning.works if work.method in plan.SCRATCH]
         self._scratch = [((words,), (1,)) for words in scratch]
         self._sizes = [
@@ -193,28 +199,31 @@ class Ready:
         marked = (f"{work.name}_words" for work in planning.works if work.method in plan.SCRATCH)
         data = (f"data_{at}" for at in range(len(builder.data)))
         tables = (op["name"] for op in self._tables)
-        places = {name: at for at, name in enumerate(["kv_lengths", "q_offset", *data, *tables, *marked])}
+        places = {name: at for at, name in enumerate([*_CALL, *data, *tables, *marked])}
         wanted = plan.parameters(planning, entry)
         order = [places[parameter.name.removesuffix("_table")] for parameter in wanted if parameter.changes]
-        sequences = builder.sequences
-        types = _types(wanted, fixed, sequences.q_offset, sequences.kv_lengths)
+        types = _types(wanted, fixed, dict(zip(_CALL, _call_of(builder.sequences), strict=True)))
         return _Launch(owner, entry, planning, order, fixed, types, grid, self._device)
 
     def __call__(
-        self, data: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None
-    ) -> list[Tensor]:
-        """The tables of a call."""
+        self, data: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None,
+        cu_q: Tensor | None = None, cu_k: Tensor | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """The tables of a call; `cu_q` and `cu_k` are the boundaries of a packed batch."""
         int32, device = torch.int32, self._device
         tables = [
             self._constants[op["name"]] if size is None else torch.empty_strided(*size, dtype=int32, device=device)
             for op, size in zip(self._tables, self._sizes, strict=True)
         ]
-        for at in self._filled:
-            tables[at].fill_(-1)
+        for at, value in self._filled:
+            tables[at].fill_(value)
         scratch = [torch.empty_strided(*size, dtype=int32, device=device) for size in self._scratch]
+        if cu_q is not None and cu_k is not None:
+            cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
+        call = (kv_lengths, q_offset, cu_q, cu_k)
         if not self._all_made:
-            return self._mixed(data, q_offset, kv_lengths, tables, scratch)
-        self._run((self._collect, self._split), [kv_lengths, q_offset, *data, *tables, *scratch])
+            return self._mixed(data, call, tables, scratch)
+        self._run((self._collect, self._split), [*call, *data, *tables, *scratch])
         return tables
 
     def _run(self, launches: Sequence[_Launch | None], values: Sequence[Any]) -> None:
@@ -233,12 +242,12 @@ class Ready:
         return None
 
     def _mixed(
-        self, data: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, tables: list[Tensor],
-        scratch: Sequence[Tensor],
-    ) -> list[Tensor]:  # fmt: skip
+        self, data: Sequence[Tensor], call: Sequence[Any], tables: list[Tensor], scratch: Sequence[Tensor]
+    ) -> list[Tensor]:
         """Tables that no kernel makes are made by tensor operations; these may read the others, but for the bounds."""
-        self._run((self._collect,), [kv_lengths, q_offset, *data, *tables, *scratch])
-        sequences = replace(self._sequences, q_offset=q_offset, kv_lengths=kv_lengths)
+        self._run((self._collect,), [*call, *data, *tables, *scratch])
+        kv_lengths, q_offset, cu_q, cu_k = call
+        sequences = replace(self._sequences, q_offset=q_offset, kv_lengths=kv_lengths, cu_q=cu_q, cu_k=cu_k)
         builder = Builder(data, sequences, *self._heads)
         for at, op in enumerate(self._tables):
             builder.heads[op["name"]] = op["heads"]
@@ -246,8 +255,13 @@ class Ready:
                 tables[at] = builder.make(op)
             if op["name"] not in self._late:
                 builder.tables[op["name"]] = tables[at]
-        self._run((self._split,), [kv_lengths, q_offset, *data, *tables, *scratch])
+        self._run((self._split,), [*call, *data, *tables, *scratch])
         return tables
+
+
+def _call_of(sequences: Sequences) -> tuple[Any, ...]:
+    """What a call brings beside data, in the order of _CALL."""
+    return sequences.kv_lengths, sequences.q_offset, sequences.cu_q, sequences.cu_k
 
 
 def _contiguous(shape: Shape) -> tuple[int, int, int, int]:
@@ -260,7 +274,7 @@ def _sizes(builder: Builder) -> Sizes:
     return Sizes(
         one.batch, one.q_len, one.kv_len, builder.q_heads, builder.kv_heads,
         tuple(tuple(tensor.shape) for tensor in builder.data), one.kv_lengths is not None,
-        isinstance(one.q_offset, Tensor) or (one.q_offset is None and one.kv_lengths is not None),
+        isinstance(one.q_offset, Tensor) or (one.q_offset is None and one.kv_lengths is not None), one.packed,
     )  # fmt: skip
 
 
@@ -293,6 +307,8 @@ def _programs(work: Work, shape: Shape, sizes: Sizes) -> int:
         return lists * -(-cols // LANES)
     if work.method == "splits":
         return batch * heads * -(-rows // plan.TILES)
+    if work.method == "diagonal_bits" and sizes.packed:
+        return heads * sizes.batch
     return 1 if work.method == "capacity" else lists
 
 
@@ -301,7 +317,7 @@ def _fixed(entry: str, planning: Planning, shapes: Mapping[str, Shape], builder:
     sizes = _sizes(builder)
     found = {
         "q_len": sizes.q_len, "k_len": sizes.kv_len, "n_heads": sizes.q_heads,
-        "group": sizes.q_heads // sizes.kv_heads,
+        "group": sizes.q_heads // sizes.kv_heads, "n_sequences": sizes.batch,
     }  # fmt: skip
     for work in planning.of(entry):
         for slot in work.slots:
@@ -338,16 +354,13 @@ def _tensor_sizes(name: str, tensor: Tensor, core: int) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _types(
-    wanted: Sequence[Parameter], fixed: Mapping[str, int], q_offset: Any, kv_lengths: Tensor | None
-) -> dict[str, str]:
+def _types(wanted: Sequence[Parameter], fixed: Mapping[str, int], call: Mapping[str, Any]) -> dict[str, str]:
     """Triton's types of a kernel's parameters; a last stride of 1 is a constant."""
-    tensors = {"q_offset": q_offset, "kv_lengths": kv_lengths}
     types = {}
     for parameter in wanted:
         kind = parameter.type
         if kind == "*index":
-            kind = "*i64" if tensors[parameter.name].dtype == torch.int64 else "*i32"
+            kind = "*i64" if call[parameter.name].dtype == torch.int64 else "*i32"
         elif kind == "unit":
             kind = "constexpr" if fixed[parameter.name] == 1 else "i64"
         types[parameter.name] = kind

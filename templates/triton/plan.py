@@ -88,17 +88,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Planning:
-    """The tables that the kernels make, and which arguments they take: `q_offset` as in a level-3 kernel."""
+    """The tables that the kernels make, and which arguments they take: `q_offset` as in a level-3 kernel.
+
+    In a packed batch the kernels find sequences by cu_seqlens_q and cu_seqlens_k.
+    """
 
     works: tuple[Work, ...]
     heads: tuple[tuple[str, str], ...]  # whose head axis each table of the program has
     q_offset: str
     kv_lengths: bool
+    packed: bool = False
 
     def __str__(self) -> str:
         made = (f"{work.method} {work.lanes} {work.partner} {work.op}" for work in self.works)
         heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
-        return f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}; heads: {heads}\n{''.join(made)}"
+        call = f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}{', packed' if self.packed else ''}"
+        return f"{call}; heads: {heads}\n{''.join(made)}"
 
     def of(self, entry: str) -> tuple[Work, ...]:
         """The tables that a kernel makes."""
@@ -179,6 +184,9 @@ def _call(planning: Planning) -> Iterator[Parameter]:
         yield Parameter("kv_lengths", "*index", changes=True)
     if planning.q_offset != "default":
         yield Parameter("q_offset", "*index" if planning.q_offset == "tensor" else "i32", changes=True)
+    if planning.packed:
+        yield from (Parameter(name, "*index", changes=True) for name in ("cu_seqlens_q", "cu_seqlens_k"))
+        yield Parameter("n_sequences", "i32")
     yield from (Parameter(size, "i32") for size in ("q_len", "k_len", "n_heads", "group"))
 
 
@@ -228,9 +236,10 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "call": [parameter.name for parameter in _call(planning)],
         "q_offset": planning.q_offset,
         "kv_lengths": planning.kv_lengths,
+        "packed": planning.packed,
         "reads": {work.name: planning.read_by(work) for work in works},
         "heads": {name: _HEADS[heads] for name, heads in planning.heads},
-        "limits": {work.name: _limits(work.op) for work in bounds},
+        "limits": {work.name: _limits(work.op, planning.packed) for work in bounds},
         "operations": {node.op for work in bounds for limit in split_limits(work.op) for node in walk(limit)},
         "methods": {work.method for work in works},
         "lanes": LANES,
@@ -250,6 +259,7 @@ def _arguments(work: Work, planning: Planning) -> list[str]:
     return [*data, *scratch, *(f"{name}_table" for name in planning.read_by(work))]
 
 
-def _limits(op: Op) -> list[Printed]:
+def _limits(op: Op, packed: bool) -> list[Printed]:
     names = {name: name for name in (*_RANGES, "q_offset")} | {name: f"{name}_table" for name in split_reads(op)}
-    return [print_expression(limit, names, _RANGES, f"limit_{number}") for number, limit in enumerate(split_limits(op))]
+    ranges = {**_RANGES, "b": (-1 if packed else 0, None)}  # what lies before the first sequence is number -1
+    return [print_expression(limit, names, ranges, f"limit_{number}") for number, limit in enumerate(split_limits(op))]

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spgen as sp
+from spgen.patterns import Pattern
 from spgen.settings import triton_interpreted
 from spgen.templates.triton import plan
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths
-from tests.plans import assert_same_tables, planned
+from tests.passes.test_lowering import packed_cases
+from tests.plans import assert_same_tables, packed_lengths, planned
 from tests.strategies import calls, patterns_of
 
 pytestmark = pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -48,6 +50,18 @@ def test_any_pattern(data: st.DataObject) -> None:
         block_m=data.draw(st.sampled_from([2, 4, 16])), block_n=data.draw(st.sampled_from([2, 8, 16])),
     )  # fmt: skip
     assert_same_tables(data.draw(patterns_of(call)), lengths)
+
+
+@pytest.mark.usefixtures("few_lanes")
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"permuted rows"}))
+def test_kinds_of_packed_batches(kind: str) -> None:
+    assert_same_tables(KINDS[kind], packed_lengths(block_m=64, block_n=32))
+
+
+@settings(max_examples=15)
+@given(packed_cases())
+def test_any_pattern_of_a_packed_batch(case: tuple[Pattern, Lengths]) -> None:
+    assert_same_tables(*case)
 
 
 LISTS = {  # (entries of a list, keys, blocks of columns): each way of making a list

@@ -17,15 +17,18 @@ from spgen.table_shapes import Sizes, table_shapes
 from spgen.target import Target
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths, lowered_builder
+from tests.passes.test_lowering import packed_cases
+from tests.plans import packed_lengths
 from tests.strategies import calls, patterns_of
 
 
 def assert_shapes(pattern: Pattern, call: Lengths) -> None:
     levels, builder = lowered_builder(pattern, call)
     sizes = Sizes(
-        call.batch, call.q_len, call.kv_len, call.q_heads, call.kv_heads, [t.shape for t in builder.data],
+        call.batch, call.rows, call.keys, call.q_heads, call.kv_heads, [t.shape for t in builder.data],
         call.kv_lengths is not None,
         isinstance(call.q_offset, torch.Tensor) or (call.q_offset is None and call.kv_lengths is not None),
+        call.cu_q is not None,
     )  # fmt: skip
     made = {name: tuple(table.shape) for name, table in builder.tables.items()}
     assert table_shapes(table_ops(levels.program), sizes) == made
@@ -53,6 +56,17 @@ def test_any_pattern(data: st.DataObject) -> None:
         kv_lengths=data.draw(st.one_of(st.none(), tensors)), block_m=data.draw(st.sampled_from([2, 4, 16])),
     )  # fmt: skip
     assert_shapes(data.draw(patterns_of(call)), lengths)
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"permuted rows"}))
+def test_kinds_of_packed_batches(kind: str) -> None:
+    assert_shapes(KINDS[kind], packed_lengths(block_m=64, block_n=32))
+    assert_shapes(KINDS[kind], packed_lengths(kv_lengths=torch.tensor([9, 0, 4, 200, 30]), block_m=16, block_n=64))
+
+
+@given(packed_cases())
+def test_any_pattern_of_a_packed_batch(case: tuple[Pattern, Lengths]) -> None:
+    assert_shapes(*case)
 
 
 TOKENS, HEADS = 2**20, 32
