@@ -94,7 +94,7 @@ class Planner:
         works = (self._work(op, sizes) for op in self.tables if 0 not in shapes[op["name"]])
         mode = {type(None): "default", int: "scalar"}.get(type(sequences.q_offset), "tensor")
         return Planning(
-            tuple(work for work in works if work is not None),
+            plan.together([work for work in works if work is not None]),
             tuple((op["name"], op["heads"]) for op in self.tables), mode, sequences.kv_lengths is not None,
             sequences.packed,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Planner:
     def _work(self, op: Op, sizes: Sizes) -> Work | None:
         if op.kind == "diagonal_runs":
             work = plan.method_of(op, sizes.last(op["offsets"]), 0)
-            return work and replace(work, partner=plan.partner_of(op, self.tables))
+            return work and replace(work, partner=plan.ends_beside(op, self.tables))
         lists = op.kind == "units" and op["mask"] is None and op["indptr"] is None
         return plan.method_of(op, *((entries_of(op, sizes), _words(op, sizes)) if lists else (0, 0)))
 
@@ -284,8 +284,11 @@ def _words(op: Op, sizes: Sizes) -> int:
 
 
 def _scratch(work: Work, shape: Shape, sizes: Sizes) -> int:
-    """Words of memory beside a table: bitmaps, or offsets and their order."""
-    words = 2 * sizes.last(work.op["offsets"]) if work.method == "runs" else _words(work.op, sizes)
+    """Words of memory beside a table: bitmaps, with ranks where groups are marked, or offsets and their order."""
+    if work.method == "runs":
+        words = 2 * sizes.last(work.op["offsets"])
+    else:
+        words = _words(work.op, sizes) * (2 if work.words else 1)
     return _programs(work, shape, sizes) * words
 
 

@@ -7,7 +7,7 @@ also read other tables. Each program of a kernel works for one table; `parameter
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spgen.ir.expr import Expr, tables, walk
@@ -49,13 +49,15 @@ class Parameter:
 class Work:
     """How one table is made: the method, and for a sorted list the lanes that hold it.
 
-    `partner` is a table that is made beside it: the ends of the runs whose starts these are.
+    `partner` is a table that is made beside it: the ends of the runs whose starts these are; the groups, of `words`
+    words each, of the units that are marked.
     """
 
     op: Op
     method: str
     lanes: int = 0
     partner: str = ""
+    words: int = 0
 
     @property
     def name(self) -> str:
@@ -100,7 +102,7 @@ class Planning:
     packed: bool = False
 
     def __str__(self) -> str:
-        made = (f"{work.method} {work.lanes} {work.partner} {work.op}" for work in self.works)
+        made = (f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.op}" for work in self.works)
         heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
         call = f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}{', packed' if self.packed else ''}"
         return f"{call}; heads: {heads}\n{''.join(made)}"
@@ -117,8 +119,13 @@ class Planning:
 
     def units_of(self, groups: Op) -> str:
         """The table of the units that `groups` stands beside."""
-        wanted = [(name, value) for name, value in groups.attrs if name not in ("name", "heads", "words")]
-        return next(work.name for work in self.works if work.op.kind == "units" and wanted == [*work.op.attrs[2:]])
+        return next(work.name for work in self.works if is_beside(groups, work.op))
+
+
+def is_beside(groups: Op, units: Op) -> bool:
+    """Whether `groups` says who lists each of `units`."""
+    wanted = [(name, value) for name, value in groups.attrs if name not in ("name", "heads", "words")]
+    return groups.kind == "groups" and units.kind == "units" and wanted == [*units.attrs[2:]]
 
 
 def method_of(op: Op, entries: int, words: int) -> Work | None:
@@ -148,7 +155,17 @@ def method_of(op: Op, entries: int, words: int) -> Work | None:
     return Work(op, op.kind) if op.kind in kinds else None
 
 
-def partner_of(op: Op, ops: Sequence[Op]) -> str:
+def together(works: Sequence[Work]) -> tuple[Work, ...]:
+    """`works` with groups made beside the units that a bitmap lists: its bits tell each entry's place."""
+    found = []
+    for work in works:
+        beside = [other for other in works if work.method == "marked" and is_beside(other.op, work.op)]
+        found += [replace(work, partner=other.name, words=other.op["words"]) for other in beside[:1]] or [work]
+    partners = {work.partner for work in found}
+    return tuple(work for work in found if work.name not in partners)
+
+
+def ends_beside(op: Op, ops: Sequence[Op]) -> str:
     """The table of the ends of the runs whose starts are `op`."""
     wanted = {**dict(op.attrs), "name": "", "part": "ends"}
     return next(
@@ -242,6 +259,7 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "limits": {work.name: _limits(work.op, planning.packed) for work in bounds},
         "operations": {node.op for work in bounds for limit in split_limits(work.op) for node in walk(limit)},
         "methods": {work.method for work in works},
+        "ranked": any(work.words for work in works),
         "lanes": LANES,
         "tiles": TILES,
         "words": WORDS,

@@ -11,7 +11,7 @@ from spgen.patterns import Pattern
 from spgen.tables import Builder
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths
-from tests.plans import assert_same_tables, planned
+from tests.plans import assert_same_tables, packed_lengths, planned
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +25,22 @@ def test_kinds(kind: str) -> None:
     assert_same_tables(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, q_offset=3, block_m=128, block_n=64), "cuda")
     offsets = torch.tensor([0, -7], dtype=torch.int32)
     assert_same_tables(KINDS[kind], Lengths(LENGTH, LENGTH, 4, 2, 2, q_offset=offsets, block_m=16), "cuda")
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"permuted rows"}))
+def test_kinds_of_packed_batches(kind: str) -> None:
+    assert_same_tables(KINDS[kind], packed_lengths(block_m=64, block_n=32), "cuda")
+    lengths = torch.tensor([9, 0, 4, 200, 30])
+    assert_same_tables(KINDS[kind], packed_lengths(kv_lengths=lengths, q_offset=3, block_m=128, block_n=64), "cuda")
+    offsets = torch.tensor([0, -7, 3, 9, 50], dtype=torch.int32)
+    assert_same_tables(KINDS[kind], packed_lengths(q_offset=offsets, block_m=16), "cuda")
+
+
+def test_rows_of_packed_batches_in_another_order() -> None:
+    order = torch.stack([torch.randperm(200), torch.cat([torch.randperm(90), torch.full((110,), -1)])])[:, None]
+    cu = torch.tensor([4, 204, 294])
+    pattern = sp.causal() & sp.permuted(sp.window(50), q=order)
+    assert_same_tables(pattern, Lengths(200, 200, batch=2, cu_q=cu, cu_k=cu, block_m=64, block_n=32), "cuda")
 
 
 def numbers(high: int, *shape: int) -> torch.Tensor:
@@ -49,6 +65,8 @@ def _long() -> dict[str, tuple[Pattern, Lengths]]:
         "long lists": (causal & sp.block(128, 16, indices=numbers(n // 16, 2, n // 128, 700)), call),
         "lists of tokens": (causal & sp.top_k(numbers(n, 1, n // 4, 100), rows=4), call),
         "compressed rows": (causal & sp.block(128, indptr=indptr, indices=entries), call),
+        "short compressed rows": (causal & sp.block(32, 64, indptr=indptr, indices=entries), call),
+        "lists of rows": (causal & sp.top_k(numbers(n, 2, n, 16)), call),
         "columns": (causal & sp.columns(numbers(n, 8, 1000)), call),
         "many columns": (causal & sp.columns(numbers(n, 8, 3000)), call),
         "columns of many": (sp.columns(numbers(2**18, 2, 900)), Lengths(256, 2**18, 2, 2, block_m=128, block_n=64)),
@@ -60,12 +78,38 @@ def _long() -> dict[str, tuple[Pattern, Lengths]]:
     }
 
 
+def _packed() -> dict[str, tuple[Pattern, Lengths]]:
+    """The same over sequences of very different lengths."""
+    lengths = torch.tensor([3, 1, 900, 0, 4096, 127, 2000, 0, 640])
+    n, count = 4096, len(lengths)
+    cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    call = Lengths(n, n, 4, 2, count, cu_q=cu + 70, cu_k=cu.long(), block_m=128, block_n=64)
+    generator = torch.Generator().manual_seed(2)
+    mask = torch.rand((count, 4, n // 64, n // 64), generator=generator) < 0.3
+    causal = sp.causal()
+    return {
+        "mask": (causal & sp.block(64, mask=mask), call),
+        "one mask": (causal & sp.block(32, 128, mask=mask[0, :, :40, :32]), call),
+        "short lists": (causal & sp.block(128, indices=numbers(32, count, 4, 32, 9)), call),
+        "lists of tokens": (causal & sp.top_k(numbers(n, count, 2, n // 64, 300), rows=64), call),
+        "lists of rows": (causal & sp.top_k(numbers(n, 2, n, 9)), call),
+        "columns": (causal & (sp.window(100) | sp.columns(numbers(n, count, 4, 300))), call),
+        "offsets": (causal & sp.vertical_slash(numbers(n, 4, 100), numbers(n, count, 2, 1300)), call),
+    }
+
+
 LONG = _long()
+LONG_PACKED = _packed()
 
 
 @pytest.mark.parametrize("kind", LONG)
 def test_long_lists(kind: str) -> None:
     assert_same_tables(*LONG[kind], "cuda")
+
+
+@pytest.mark.parametrize("kind", LONG_PACKED)
+def test_long_lists_of_packed_batches(kind: str) -> None:
+    assert_same_tables(*LONG_PACKED[kind], "cuda")
 
 
 def _again(builder: Builder, op: Op) -> torch.Tensor:
@@ -83,6 +127,21 @@ def test_plans_are_captured() -> None:
     with torch.cuda.graph(graph):
         tables = made_by(builder)
     builder.data[0].copy_(torch.rand(builder.data[0].shape, device="cuda") < 0.5)
+    graph.replay()
+    for table, right in zip(tables, [_again(builder, op) for op in made_by.tables], strict=True):
+        assert torch.equal(table, right)
+
+
+def test_packed_plans_are_captured() -> None:
+    """New boundaries take effect when the graph is replayed."""
+    made_by, builder, _ = planned(*LONG_PACKED["offsets"], "cuda")
+    made_by(builder)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tables = made_by(builder)
+    for boundaries in (builder.sequences.cu_q, builder.sequences.cu_k):
+        assert boundaries is not None
+        boundaries[3:7] += 300
     graph.replay()
     for table, right in zip(tables, [_again(builder, op) for op in made_by.tables], strict=True):
         assert torch.equal(table, right)

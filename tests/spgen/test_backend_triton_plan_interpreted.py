@@ -82,6 +82,44 @@ def test_long_lists(kind: str) -> None:
     assert made_by.planning(builder).works[0].method == kind.partition(",")[0]
 
 
+def _lists(entries: int) -> Pattern:
+    return sp.top_k(torch.randint(-3, 300, (2, 40, entries)), rows=3)
+
+
+def _compressed_rows() -> Pattern:
+    indptr = torch.nn.functional.pad(torch.randint(0, 9, (2, 40)).cumsum(-1), (1, 0))
+    return sp.block(3, 4, indptr=indptr, indices=torch.randint(-3, 75, (2, int(indptr.max()))))
+
+
+@pytest.mark.usefixtures("few_lanes")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("pattern", "methods"),
+    [(_lists(2), ["sorted", "groups"]), (_lists(20), ["marked"]), (_compressed_rows(), ["marked"])],
+    ids=["sorted", "marked", "compressed rows"],
+)
+def test_groups_of_united_lists(pattern: Pattern, methods: list[str], packed: bool) -> None:
+    """By bisection in a sorted list, or beside a bitmap; row tiles that cut groups of rows."""
+    cu = torch.tensor([2, 57, 57, 110])
+    boundaries = {"cu_q": cu, "cu_k": 2 * cu} if packed else {}
+    call = Lengths(118, 290, 2, 2, 3 if packed else 1, block_m=16, block_n=16, **boundaries)
+    made_by = assert_same_tables(pattern, call)
+    _, builder, _ = planned(pattern, call)
+    works = made_by.planning(builder).works
+    assert [work.method for work in works if work.op.kind in ("units", "groups")] == methods
+
+
+@pytest.mark.usefixtures("few_lanes")
+def test_orders_of_the_rows_of_a_packed_batch() -> None:
+    order = torch.stack([torch.randperm(20), torch.cat([torch.randperm(9), torch.full((11,), -1)])])[:, None]
+    cu = torch.tensor([4, 24, 33])
+    for pattern in (
+        sp.causal() & sp.permuted(sp.window(5), q=order),
+        sp.permuted(sp.block(8, 4, mask=torch.rand(3, 5) < 0.5), q=order, k=order),
+    ):
+        assert_same_tables(pattern, Lengths(20, 20, batch=2, cu_q=cu, cu_k=cu, block_m=8, block_n=8))
+
+
 @pytest.mark.usefixtures("few_lanes")
 def test_more_offsets_than_are_sorted_together() -> None:
     offsets = torch.randint(-5, 600, (100,))
