@@ -151,6 +151,7 @@ def test_bitmaps_are_shared_by_many_lists() -> None:
     """More lists than there are programs, so that each program's bitmap serves several."""
     index = numbers(4096, 4, 4096, 300)
     assert_same_tables(sp.top_k(index), Lengths(4096, 4096, 4, 4, block_m=1, block_n=64), "cuda")
+    assert_same_tables(sp.top_k(index), Lengths(4096, 4096, 4, 4, block_m=2, block_n=64), "cuda")
 
 
 def test_streams_are_those_of_the_caller() -> None:

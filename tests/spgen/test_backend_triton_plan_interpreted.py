@@ -109,6 +109,12 @@ def test_groups_of_united_lists(pattern: Pattern, methods: list[str], packed: bo
     assert [work.method for work in works if work.op.kind in ("units", "groups")] == methods
 
 
+def test_many_units_of_one_row_tile() -> None:
+    """Words that are nearly full are listed bit by bit, behind others that are not."""
+    index = torch.cat([torch.randint(40000, 43000, (32, 150)), torch.randint(0, 43000, (32, 4))], 1)
+    assert_same_tables(sp.top_k(index), Lengths(32, 43000, block_m=32, block_n=64))
+
+
 @pytest.mark.usefixtures("few_lanes")
 def test_orders_of_the_rows_of_a_packed_batch() -> None:
     order = torch.stack([torch.randperm(20), torch.cat([torch.randperm(9), torch.full((11,), -1)])])[:, None]
