@@ -21,7 +21,7 @@ from spgen.templates.triton import plan
 from spgen.templates.triton.plan import ENTRIES, SPLIT, Planning
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths, lowered_builder
-from tests.plans import planned
+from tests.plans import packed_lengths, planned
 
 CALL = Lengths(LENGTH, LENGTH, 4, 2, block_m=128, block_n=64)
 
@@ -36,17 +36,25 @@ def test_agrees_with_tensor_operations_in_the_interpreter() -> None:
     assert "skipped" not in result.stdout
 
 
-def planning_of(kind: str) -> Planning:
+PACKED = packed_lengths(q_offset=torch.zeros(5, dtype=torch.int64), block_m=128, block_n=64)
+
+
+def planning_of(kind: str, call: Lengths = CALL) -> Planning:
     """What the kernels of a kind make on a GPU."""
-    made_by, builder, _ = planned(KINDS[kind], CALL)
+    made_by, builder, _ = planned(KINDS[kind], call)
     return made_by.planning(builder)
 
 
 @pytest.mark.parametrize(
-    ("kind", "arch"), [("odd blocks", "sm_80"), ("vertical and slash", "sm_90"), ("documents", "gfx942")]
-)
-def test_compiles_ahead_of_time(kind: str, arch: str) -> None:
-    planning = planning_of(kind)
+    ("kind", "call", "arch"),
+    [
+        ("odd blocks", CALL, "sm_80"), ("vertical and slash", CALL, "sm_90"), ("documents", CALL, "gfx942"),
+        ("vertical and slash", PACKED, "sm_80"), ("tokens", PACKED, "sm_90"), ("everything", PACKED, "gfx942"),
+        ("tokens", CALL, "gfx942"),
+    ],
+)  # fmt: skip
+def test_compiles_ahead_of_time(kind: str, call: Lengths, arch: str) -> None:
+    planning = planning_of(kind, call)
     for entry in ENTRIES:
         if not planning.of(entry):
             continue
@@ -67,6 +75,12 @@ def test_bounds_are_made_behind_what_they_read() -> None:
     planning = planning_of("lists")
     assert {work.op.kind for work in planning.of(SPLIT)} == {"splits", "groups"}
     assert set(plan.reads(planning)) <= {work.name for work in planning.works}
+
+
+def test_groups_are_made_beside_the_bitmap_of_their_units() -> None:
+    planning = planning_of("tokens")
+    assert {work.op.kind for work in planning.of(SPLIT)} == {"splits"}
+    assert [work.partner for work in planning.works if work.method == "marked"] == ["groups_0"]
 
 
 class Refusing:
