@@ -12,12 +12,16 @@ Call: TypeAlias = Callable[[], Any]
 Timer: TypeAlias = Callable[[Call], float]
 
 _FLUSHED = 2  # a buffer of so many L2 caches is written between two calls
+_FEW = 5  # readings, whose quartiles say little
 _MOST = 1000  # calls behind one reading
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Readings of one call: their median in seconds, and the noise: half the distance of the quartiles, as a share."""
+    """Readings of one call: their median in seconds, and the noise as a share of it.
+
+    The noise is half the distance of the quartiles; of fewer than five readings, of the extremes.
+    """
 
     seconds: float
     noise: float
@@ -29,7 +33,10 @@ class Sample:
         middle = statistics.median(readings)
         if len(readings) < 2 or not middle:
             return Sample(middle, 0.0, len(readings))
-        low, _, high = statistics.quantiles(readings, n=4, method="inclusive")
+        if len(readings) < _FEW:
+            low, high = min(readings), max(readings)
+        else:
+            low, _, high = statistics.quantiles(readings, n=4, method="inclusive")
         return Sample(middle, (high - low) / 2 / middle, len(readings))
 
 

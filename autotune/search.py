@@ -34,9 +34,9 @@ class Effort:
 
 
 EFFORTS: Mapping[str, Effort] = {
-    "quick": Effort(favourites=8, steps=0, around=0, rounds=3),
-    "standard": Effort(favourites=20, steps=1, around=10, rounds=5),
-    "thorough": Effort(favourites=48, steps=3, around=16, rounds=7),
+    "quick": Effort(favourites=8, steps=0, around=0, rounds=5),
+    "standard": Effort(favourites=20, steps=1, around=10, rounds=7),
+    "thorough": Effort(favourites=48, steps=3, around=16, rounds=9),
 }
 
 

@@ -152,7 +152,8 @@ def test_merging_keeps_the_better_record() -> None:
     assert len(own) == 2
 
 
-def test_noise_is_half_the_distance_of_the_quartiles() -> None:
+def test_noise_is_half_the_distance_of_the_quartiles_or_of_few_readings() -> None:
+    assert Sample.of([1.0, 2.0, 3.0]) == Sample(2.0, 0.5, 3)
     assert Sample.of([2.0]) == Sample(2.0, 0.0, 1)
     assert Sample.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Sample(3.0, 1 / 3, 5)
 
