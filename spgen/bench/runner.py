@@ -16,7 +16,7 @@ from spgen.autotune.measure import Call, Sample, Timer, on_gpu, samples, wall
 from spgen.bench.cases import Problem
 from spgen.bench.ceilings import Ceiling, ceilings
 from spgen.bench.machine import hardware, versions
-from spgen.bench.peers import SAME, Contender, attempt, available
+from spgen.bench.peers import SAME, Contender, attempt, available, failure
 from spgen.bench.peers import chosen as chosen_peers
 from spgen.bench.result import OURS, Entry, Result, Row
 from spgen.bench.start import first_calls, launches
@@ -94,21 +94,18 @@ def measure(case: Case, names: Iterable[str], effort: Effort, limits: Mapping[st
     problem = case.problem()
     q, k, v = case.work.tensors()
     contenders, skipped = _contenders(problem, q, k, v, names)
-    errors: dict[str, float | None] = {}
-    plans: dict[str, Any] = {}
-    for name, contender in list(contenders.items()):
-        plans[name] = contender.made()
-        errors[name], wrong = _checked(problem, contender, plans[name], q, k, v)
-        if wrong:
-            skipped[name] = wrong
-            del contenders[name]
+    checked = {name: _checked(problem, contender, q, k, v) for name, contender in contenders.items()}
+    skipped |= {name: found for name, found in checked.items() if isinstance(found, str)}
+    contenders = {name: contender for name, contender in contenders.items() if name not in skipped}
+    plans = {name: contender.made() for name, contender in contenders.items()}
     taken = _samples(contenders, plans, effort, case.work.device, limits)
     peak = _rate(limits, taken, "compute")
     copy = _rate(limits, taken, "copy")
     floor = max(problem.flops / peak, problem.bytes / copy) if peak and copy else None
     entries = {
-        name: _entry(name, contender, taken, problem, floor, errors[name], plans[name])
+        name: _entry(name, contender, taken, problem, floor, error, plans[name])
         for name, contender in contenders.items()
+        if not isinstance(error := checked[name], str)
     }
     return Row(
         case.name, case.section, repr(problem.pattern), case.work.record(), entries, skipped, case.sparsity,
@@ -127,18 +124,18 @@ def _contenders(
     return contenders, {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
-def _checked(
-    problem: Problem, contender: Contender, plan: Any, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[float | None, str]:
-    """The largest error of a contender that computes the same pairs, and what is wrong with it if it is too large."""
+def _checked(problem: Problem, contender: Contender, q: Tensor, k: Tensor, v: Tensor) -> float | str | None:
+    """The largest error of a contender that computes the same pairs (None if it does not), or what is wrong with it."""
     if contender.pairs != SAME:
-        return None, ""
+        return None
     allowed = _TOLERANCE[problem.work.dtype]
-    for out in (contender.run(plan), contender.with_plan()):
-        error = problem.largest_error(out, q, k, v)
-        if not error <= allowed:  # NaN is wrong, too
-            return None, f"failed: differs from the oracle by {error:.2g}, more than {allowed:g}"
-    return error, ""
+    try:
+        outs = contender.run(contender.made()), contender.with_plan()
+        errors = [problem.largest_error(out, q, k, v) for out in outs]
+    except Exception as fault:  # a peer may fail the second time, too
+        return failure(fault)
+    wrong = [error for error in errors if not error <= allowed]  # NaN is wrong, too
+    return f"failed: differs from the oracle by {wrong[0]:.2g}, more than {allowed:g}" if wrong else max(errors)
 
 
 def _samples(

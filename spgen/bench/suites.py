@@ -130,7 +130,8 @@ def find(name: str | None = None) -> Suite:
     name = ("attention" if there else "cpu") if name is None else name
     if name not in SUITES:
         raise SpgenError(
-            "bench", given=f"suite {name!r}", allowed=", ".join(SUITES), remedy="leave it out for this machine's"
+            "bench", given=f"suite {name!r}", remedy="leave it out for this machine's",
+            allowed="; ".join(f"{suite.name} ({suite.about})" for suite in SUITES.values()),
         )  # fmt: skip
     suite = SUITES[name]
     if suite.device == "cuda" and not there:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spgen.errors import SpgenError
+
 if TYPE_CHECKING:
     from spgen.bench.result import Result
 
@@ -39,6 +41,12 @@ def bench(
     from spgen.bench import report
     from spgen.bench.result import check_writable, read, write
 
+    given = {"SUITE": suite, "--quick": quick, "--only": only, "--peers": peers != "all"}
+    if take is not None and any(given.values()):
+        beside = next(name for name, value in given.items() if value)
+        raise SpgenError(
+            "--from", given=f"{beside} beside it", allowed="--json, --plot and --compare: nothing is measured"
+        )
     old = None if compare is None else read(compare)
     result = None if take is None else read(take)
     for path in filter(None, (json, plot)):

@@ -182,6 +182,8 @@ def test_our_own_failure_is_told_at_the_end(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("boom")
 
     assert measured(Contender(broken), monkeypatch).skipped == {OURS: "failed: RuntimeError: boom"}
+    once = iter([right()])  # and then StopIteration
+    assert measured(Contender(lambda plan: next(once)), monkeypatch).skipped == {OURS: "failed: StopIteration: "}
 
 
 def test_launches_and_first_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +219,7 @@ def test_the_cases_of_the_cpu_suite_can_be_made(case: Case) -> None:
 
 
 def test_unknown_suites_and_missing_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SpgenError, match=r"(?s)suite 'gpu'.*attention, cpu"):
+    with pytest.raises(SpgenError, match=r"(?s)suite 'gpu'.*attention \(.*cpu \("):
         find("gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find().name == "cpu"
@@ -440,7 +442,9 @@ def test_the_command_refuses_before_it_measures(
     other = files("other.json", made(row("a", 1.0), suite="attention"))
     (tmp_path / "no.json").write_text("{")
     for arguments, message in (
-        (("gpu",), r"suite 'gpu'.*attention, cpu"),
+        (("gpu",), r"suite 'gpu'.*attention \(.*cpu \("),
+        (("--from", elsewhere, "--quick"), r"--from: got --quick beside it"),
+        (("cpu", "--from", elsewhere), r"--from: got SUITE beside it"),
         (("cpu", "--peers", "felx"), r"--peers: got 'felx'.*sdpa, sdpa-mask, flex"),
         (("cpu", "--only", "nothing"), r"--only: got 'nothing'.*blocks of 64"),
         (("cpu", "--json", tmp_path / "nowhere" / "new.json"), r"new\.json: got No such file"),
