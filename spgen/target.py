@@ -25,6 +25,7 @@ _AVX512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}  # togethe
 # Whose processors multiply pairs of bf16 faster than fp32: AMD's Zen 5 twice as fast. Intel's take two cycles for each
 # vdpbf16ps, which makes pairs half as fast as widening them.
 _FAST_BF16 = {"AuthenticAMD", "HygonGenuine"}
+_X86 = ("avx512_bf16", "avx512", "avx2", "sse2")  # each has what the next one has
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Target:
     def of(device: object) -> Target:
         """The target of a `torch.device`, of its name (`"cpu"`, `"cuda:0"`), of an architecture (`"sm_90"`,
         `"aarch64"`), of a GPU (`"h200"`), or of a file that describes one (`"mine.json"`, as those in spgen/targets).
+        `"cpu:avx2"` is this processor without what lies beyond AVX2.
 
         Raises DeviceError for a device no backend serves, and for a malformed description.
         """
@@ -76,7 +78,7 @@ class Target:
         if text in targets.table("cpu")["archs"]:
             return _cpu_elsewhere(text)
         if kind == "cpu":
-            return _cpu()
+            return _cpu(index if index and not index.isdecimal() else None)
         if kind == "cuda" and (index.isdecimal() or not index):
             return _gpu(int(index) if index else None)
         if text.endswith(".json"):
@@ -99,11 +101,16 @@ class Target:
         return f"{self.kind} {self.name} ({self.isa or self.arch}, {self.cores} {unit})"
 
 
-@lru_cache(maxsize=1)
-def _cpu() -> Target:
+@lru_cache(maxsize=8)
+def _cpu(narrower: str | None = None) -> Target:
     info = _cpuinfo()
     flags = info.get("flags") or info.get("Features") or ""
     isa = _isa_of(platform.machine().lower(), flags, info.get("vendor_id", ""))
+    if narrower is not None:
+        allowed = _X86[_X86.index(isa) :] if isa in _X86 else (isa,)
+        if narrower not in allowed:
+            raise DeviceError("device", given=f"cpu:{narrower}", allowed=", ".join(f"cpu:{one}" for one in allowed))
+        isa = narrower
     known = targets.table("cpu")
     extension = known["isas"][isa]
     simd, cores = extension["simd"], _usable_cores()

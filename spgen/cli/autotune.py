@@ -183,10 +183,9 @@ def _places(target: Target, devices: str) -> list[Place]:
     from spgen.tuning.session import Place
 
     if target.kind == "cpu":
-        here = Target.of("cpu")
         if target.triple:
             raise DeviceError("target", given=target.name, allowed="this machine's CPU", remedy="say --offline")
-        return [Place(here, torch.device("cpu"))]
+        return [Place(target, torch.device("cpu"))]
     count = torch.cuda.device_count()
     wanted = range(count) if devices == "all" else [int(one) for one in devices.split(",") if one.strip().isdecimal()]
     places = [Place(Target.of(f"cuda:{n}"), torch.device("cuda", n)) for n in wanted if n < count]

@@ -53,6 +53,17 @@ def test_pairs_of_bf16_where_they_are_fast(vendor: str, isa: str) -> None:
     assert module._isa_of("x86_64", AVX512, vendor) == "avx512"
 
 
+def test_a_processor_can_be_asked_for_less() -> None:
+    here = Target.of("cpu")
+    assert Target.of("cpu:0") == here
+    if here.isa in ("avx512", "avx512_bf16"):
+        less = Target.of("cpu:avx2")
+        assert (less.isa, less.arch, less.simd, less.triple) == ("avx2", "x86-64-v3", 8, "")
+        assert less.cores == here.cores
+    with pytest.raises(DeviceError, match=rf"cpu:amx.*(?s:.*)cpu:{here.isa}"):
+        Target.of("cpu:amx")
+
+
 @pytest.mark.parametrize("arch", sorted(targets.table("gpu")))
 def test_every_listed_gpu_architecture_has_a_target(arch: str) -> None:
     gpu = Target.of(arch)
