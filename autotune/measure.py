@@ -47,6 +47,18 @@ def wall(call: Call) -> float:
     return time.perf_counter() - start
 
 
+def on_cpu(milliseconds: int = 50, *, fewest: int = 3) -> Timer:
+    """A timer for calls that block: the median over calls that fill `milliseconds`, but at least `fewest`."""
+
+    def timer(call: Call) -> float:
+        taken: list[float] = []
+        while len(taken) < fewest or (sum(taken) < milliseconds / 1e3 and len(taken) < _MOST):
+            taken.append(wall(call))
+        return statistics.median(taken)
+
+    return timer
+
+
 def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 3) -> Timer:
     """A timer for kernels: the median over calls that fill `milliseconds`, the L2 cache emptied before each.
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from spgen.autotune.measure import Sample, Timer, on_gpu, samples, wall
+from spgen.autotune.measure import Sample, Timer, on_cpu, on_gpu, samples
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import tune
 from spgen.autotune.work import Resources
@@ -28,7 +27,6 @@ from spgen.tuning.compilers import Compilers, first_line
 from spgen.tuning.subject import Subject
 
 _MILLISECONDS = 20  # of one reading on a GPU
-_WALLS = 3  # calls behind one reading on a CPU
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest value, between two configurations
 
 
@@ -42,11 +40,7 @@ class Place:
     @property
     def timer(self) -> Timer:
         """Seconds of a call on the device."""
-        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else _walls
-
-
-def _walls(call: Callable[[], Any]) -> float:
-    return sorted(wall(call) for _ in range(_WALLS))[_WALLS // 2]
+        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else on_cpu()
 
 
 class Tuned:
