@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spgen.autotune.work import BYTES, Resources, Work, least_shared, occupancy, padded, threads_of
 from spgen.ir.config import Config
@@ -36,6 +36,7 @@ def terms(
     a chain of products, softmax and waiting. So a tile takes the larger of what is shared and of the chain over the
     programs that share, joined smoothly, as such overlap is never perfect.
     """
+    work, launches = _split(work, config.option("splits", 1))
     share = max(occupancy(config, target, resources), 1)
     share = min(share, max(-(-work.programs // target.cores), 1))
     total, parts, chain = 0.0, dict.fromkeys(("products", "softmax", "loads", "latency"), 0.0), 0.0
@@ -56,9 +57,16 @@ def terms(
     throughput = (total + work.programs * values["program"] / share) / busy * waves
     launch = _joined((throughput, found["longest program"], found["memory"]), _JOIN)
     return {
-        **found, "launch": values["launch"],
-        "total": launch * math.exp(_adjustment(work, config, values)) + values["launch"],
+        **found, "launch": launches * values["launch"],
+        "total": launch * math.exp(_adjustment(work, config, values)) + launches * values["launch"],
     }  # fmt: skip
+
+
+def _split(work: Work, splits: int) -> tuple[Work, int]:
+    """The work of programs that share a row tile's keys, and the launches: another one adds up their parts."""
+    if splits <= 1:
+        return work, 1
+    return replace(work, programs=work.programs * splits, longest=-(-work.longest // splits)), 2
 
 
 def _kinds(work: Work) -> list[tuple[float, bool, bool]]:

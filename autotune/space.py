@@ -94,6 +94,7 @@ def _gpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
         "prefetch": (0, 1) if kernel.listed else (1,),
         "masked_stages": (UNSET, 1),
         "tma": (UNSET, 0) if hopper else (UNSET,),
+        "splits": (UNSET, 2, 4, 8, 16, 32) if _is_short(kernel) else (UNSET,),
     }
 
 
@@ -109,7 +110,8 @@ def _gpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
         tiles = stages * config.block_n * sum(lanes) * size
         if target.smem_bytes and tiles + config.block_m * lanes[0] * size > target.smem_bytes:
             return False
-        if config.block_m * warps < 64 or config.block_m < 16 * warps // 2:  # a warp multiplies 16 rows
+        # a warp multiplies 16 rows; those of a short call share them and divide the keys
+        if config.block_m * warps < 64 or (config.block_m < 16 * warps // 2 and not _is_short(kernel)):
             return False
         held = config.block_m * (lanes[1] + config.block_n) // threads  # accumulators and scores of a thread
         cap = config.option("registers", UNSET)
@@ -119,6 +121,11 @@ def _gpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
         return cap == UNSET or (held + 24 <= cap and 2 * cap * threads <= _REGISTER_FILE)
 
     return is_legal
+
+
+def _is_short(kernel: Kernel) -> bool:
+    """Whether all rows of a sequence fit one row tile."""
+    return kernel.rows * kernel.group <= 128
 
 
 def _cpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:

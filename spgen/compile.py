@@ -75,10 +75,14 @@ class Lowered:
 class Backend(Protocol):
     """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
 
-    def default_config(self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None) -> Config:
+    def default_config(
+        self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None, cols: int | None,
+        height: int | None,
+    ) -> Config:  # fmt: skip
         """Always a legal choice.
 
-        `rows` is how many neighbouring rows share their data, None if all do.
+        `rows` and `cols` are how many neighbouring rows and columns share their data, None if all do; `height` is how
+        many rows a row tile could be filled with at most, None if many: maybe a symbol, which is only compared.
         """
 
     def build(self, kernel: Op, target: Target) -> Any:
@@ -156,6 +160,13 @@ def shared_rows(node: Op) -> int | None:
     return min(rows, default=None)
 
 
+def shared_cols(node: Op) -> int | None:
+    """How many neighbouring columns the pattern's data name together; None if the data do not tell columns apart."""
+    cols = [op["cols"] for op in walk(level_1(node)) if op.kind == "listed"]
+    cols += [1 for op in walk(level_1(node)) if op.kind in ("diagonals", "permuted")]
+    return min(cols, default=None)
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A request with its levels and its launchable kernel; `read` are the tables of the plan that the kernel takes."""
@@ -167,12 +178,20 @@ class Compiled:
     read: tuple[int, ...]
 
 
-def default_config(request: Request) -> Config:
-    """The configuration of the request's backend where nothing was measured."""
+def default_config(request: Request, q_len: int | None = None) -> Config:
+    """The configuration of the request's backend where nothing was measured; `q_len` rows if they are known."""
     node, call = read_short(request.pattern), request.call
     refuse_selections(node)
+    pack = request.q_heads // request.kv_heads if request.packed else 1
+    height = None if q_len is None else max(q_len, 1) * pack
     return backend_of(request.target).default_config(
-        call.head_dim, call.value_dim, call.dtype, request.target, rows=shared_rows(node)
+        call.head_dim,
+        call.value_dim,
+        call.dtype,
+        request.target,
+        rows=shared_rows(node),
+        cols=shared_cols(node),
+        height=height,
     )
 
 

@@ -17,7 +17,7 @@ from spgen.data import check_shapes
 from spgen.ir import expr
 from spgen.ir.config import Config
 from spgen.ir.expr import Expr
-from spgen.ir.kernel import parts
+from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
 from spgen.ir.pattern import read_short, slots
 from spgen.ir.tiles import segments, table_ops
@@ -58,11 +58,19 @@ class Explanation:
         lines += [f"density    {self._density()}"]
         lines += self._segments()
         if self.cost is not None:
-            lines += _cost_lines(self.cost)
+            lines += _cost_lines(self.cost, self.workspace)
             lines += [f"predicted  {self.prediction}"]
         lines += [f"kernel     {self._kernel()}", f"tuned      {self.choice}"]
         lines += [f"dense      {self.dense}"] if self.dense else []
         return "\n".join(lines)
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that a call allocates beside its results: the parts of split keys, and their log-sum-exps."""
+        batch, q_heads, _, q_len, _ = self.shape
+        splits = option(self.lowered.kernel, "splits", 1) if self.target.kind != "cpu" else 1
+        parts = batch * q_heads * q_len * splits if splits > 1 else 0
+        return 4 * parts * (int(self.lowered.kernel["value_dim"]) + 1)
 
     def _call(self) -> str:
         batch, q_heads, kv_heads, q_len, kv_len = self.shape
@@ -93,6 +101,8 @@ class Explanation:
         backend = "triton" if self.target.kind != "cpu" else "tvm"
         reasons = [f"row tiles of {kernel['block_m']} x {kernel['block_n']} keys"]
         reasons += [f"{pack} heads of a group share a row tile, because the call has few rows"] if pack > 1 else []
+        splits = option(kernel, "splits", 1) if backend == "triton" else 1
+        reasons += [f"{splits} programs share its keys, because row tiles are few"] if splits > 1 else []
         reasons += [", ".join(kernel["options"])] if kernel["options"] else []
         return f"{backend} attention: {'; '.join(reasons)}"
 
@@ -109,11 +119,13 @@ def _how(segment: Op) -> str:
     return f"every tile is masked by {text}"
 
 
-def _cost_lines(cost: Cost) -> list[str]:
+def _cost_lines(cost: Cost, workspace: int) -> list[str]:
     useful = cost.needed_pairs / cost.visited_pairs if cost.visited_pairs else 1.0
+    memory = f"{workspace / 1e6:,.2f} MB" if workspace else "0"
+    tables = f"of it {cost.plan_bytes / 1e6:,.2f} MB of tables"
     return [
         f"work       {cost.flops / 1e9:,.2f} GFLOP, {useful:.0%} of the {cost.visited_flops / 1e9:,.2f} GFLOP computed",
-        f"bytes      {cost.bytes / 1e6:,.1f} MB, of it {cost.plan_bytes / 1e6:,.2f} MB of tables; workspace 0",
+        f"bytes      {cost.bytes / 1e6:,.1f} MB, {tables}; workspace {memory}",
     ]
 
 

@@ -23,7 +23,7 @@ from spgen.passes.schedule import Call
 from spgen.settings import logger, settings
 from spgen.tables import Builder
 from spgen.target import Target
-from spgen.tuned import Sizes, choice, request_for
+from spgen.tuned import Sizes, config_of, request_for
 
 _SCHEMA = """attention(
     Tensor q, Tensor k, Tensor v, Tensor[] data, Tensor[] plan, str pattern, Tensor? cu_seqlens_q,
@@ -217,9 +217,8 @@ def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..
 def _check_tiles(done: Compiled, sizes: Sizes) -> None:
     """A plan is made for values as wide as keys; other widths may choose other tiles, whose tables differ."""
     call = done.request.call
-    like = replace(done.request, call=replace(call, value_dim=call.head_dim, lse=False), config=None)
-    record = choice(like, sizes).record
-    planned = lowered(like if record is None else replace(like, config=record.config)).program
+    like = replace(done.request, call=replace(call, value_dim=call.head_dim, lse=False))
+    planned = lowered(replace(like, config=config_of(like, sizes))).program
     if table_ops(planned) != table_ops(done.lowered.program):
         raise PlanError(
             "plan", given=f"one for values of size {call.head_dim}, and v of size {call.value_dim}",

@@ -43,6 +43,8 @@ def compile_request(request: Request, *, all_variants: bool = False) -> Any:
     kernel = compiled(request).kernel
     for variant in _variants(kernel, request.target)[: None if all_variants else 1]:
         _binary(kernel, variant, request.target)
+    if request.target.kind != "cpu":
+        kernel.compile_rest()
     return kernel
 
 

@@ -1,4 +1,4 @@
-"""Which configuration a call's kernel gets: that of the record with the nearest sizes, else its backend's default.
+"""Which configuration a call's kernel gets: that of the record with the nearest sizes, else a default for its sizes.
 
 Records come from `spgen autotune`: the user's own (SPGEN_RECORDS), and those that are shipped for common machines. Only
 shapes decide, so nothing is read from a device, and calls of the same shapes always get the same kernel.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spgen.compile import Request, default_config, is_packed, level_1
+from spgen.ir.config import Config
 from spgen.ir.pattern import read_short, slots
 from spgen.passes.schedule import Call
 from spgen.passes.structure import structure, width
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from spgen.autotune.records import Bucket, Device, Key, Record, Records
 
 _MOST_POWERS = 48
+_MOST_SPLITS = 64
+_KEYS_OF_SPLIT = 512  # fewer are not worth adding up
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,38 @@ def request_for(pattern: str, call: Call, q_heads: int, kv_heads: int, target: T
     request = Request(pattern, call, q_heads, kv_heads, False, target)
     packed = is_packed(pattern, q_heads, kv_heads, sizes.rows, default_config(request).block_m)
     request = replace(request, packed=packed)
+    return replace(request, config=config_of(request, sizes))
+
+
+def config_of(request: Request, sizes: Sizes) -> Config:
+    """What is known to be fast for such a call, or should be. Plans and calls agree on its tiles."""
     record = choice(request, sizes).record
-    return request if record is None else replace(request, config=record.config)
+    return default_of(request, sizes) if record is None else record.config
+
+
+def default_of(request: Request, sizes: Sizes) -> Config:
+    """The configuration of a call for which there is no record: short row tiles, and split keys, where rows are few.
+
+    Where the row tiles would leave more than half of a GPU's multiprocessors empty, as many splits as fit share the
+    keys: a program for each multiprocessor draws all of the memory's bandwidth (docs/notes/gpu-attention.md).
+    """
+    config = default_config(request, sizes.rows)
+    splits = 1 if request.target.kind == "cpu" else _splits(request, sizes, config)
+    return config if splits == 1 else config.having(splits=splits)
+
+
+def _splits(request: Request, sizes: Sizes, config: Config) -> int:
+    """A power of two; sizes are only compared."""
+    group = request.q_heads // request.kv_heads if request.packed else 1
+    height = config.block_m // group
+    programs = sizes.batch * (request.q_heads // group) * ((max(sizes.rows, 1) + height - 1) // height)
+    splits = 1
+    while 2 * splits <= _MOST_SPLITS and 2 * splits * programs <= request.target.cores:
+        splits *= 2
+    keys = sizes.keys if splits == 1 else _width(request, sizes) or sizes.keys
+    while splits > 1 and splits * _KEYS_OF_SPLIT > keys:
+        splits //= 2
+    return splits
 
 
 def choice(request: Request, sizes: Sizes) -> Choice:
@@ -108,13 +141,18 @@ def bucket_of(request: Request, sizes: Sizes) -> Bucket:
     """The sizes of a call as powers of two."""
     from spgen.autotune.records import Bucket
 
+    listed = _width(request, sizes)
+    heads = _power(sizes.batch * request.q_heads)
+    return Bucket(_power(sizes.rows), _power(sizes.keys), heads, listed and _power(listed))
+
+
+def _width(request: Request, sizes: Sizes) -> int:
+    """About how many keys a row has; 0 where data decide."""
     node = read_short(request.pattern)
-    keys = _power(sizes.keys)
     shapes = {
         slot.index: [_power(size) for size in shape] for slot, shape in zip(slots(node), sizes.shapes, strict=False)
     }
-    listed = 0 if len(shapes) < len(slots(node)) else width(level_1(node), keys, shapes)
-    return Bucket(_power(sizes.rows), keys, _power(sizes.batch * request.q_heads), listed and _power(listed))
+    return 0 if len(shapes) < len(slots(node)) else width(level_1(node), _power(sizes.keys), shapes)
 
 
 def _power(size: int) -> int:

@@ -20,8 +20,10 @@ from torch import Tensor
 from spgen.backends import triton_plan
 from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton_binary import Binary, load_source
+from spgen.backends.triton_combine import Combiner
 from spgen.backends.triton_compile import (
     ELEMENT_BYTES,
+    VECTOR,
     Variant,
     arguments,
     binary,
@@ -36,13 +38,13 @@ from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.triton.attention import check, parameters
+from spgen.templates.triton.attention import check, parameters, partial
+from spgen.templates.triton.combine import Combination
 
 _SMALLEST_SCALE = 1e-30  # stands for 0, which would turn a masked score of -inf into NaN
 _MANY_CALLS = 4096
 _FIXED_TYPES = ("i32", "i64", "stride", "step", "unit")
 _LAST = ("q_d", "k_d", "v_d")
-_VECTOR = 16  # bytes that one load instruction moves
 
 _built: dict[tuple[Op, str, bool], AttentionKernel] = {}
 _lock = threading.Lock()
@@ -59,7 +61,8 @@ def build(kernel: Op, target: Target) -> AttentionKernel:
             check(kernel)
             if triton_interpreted():
                 _refuse_late_interpreter()
-            _built[key] = AttentionKernel(kernel, target)
+            kind = SplitKernel if option(kernel, "splits", 1) > 1 else AttentionKernel
+            _built[key] = kind(kernel, target)
         return _built[key]
 
 
@@ -77,6 +80,8 @@ class AttentionKernel:
         self.tables = parts(kernel, "table")
         self._parameters = parameters(kernel)
         self._has_lse: bool = kernel["lse"]
+        self._has_sinks: bool = kernel["sinks"]
+        self._splits = 0  # programs that share a row tile's keys; 0: the kernel has no such argument
         self._has_tensor_offset: bool = kernel["q_offset"] == "tensor"
         self._driver_launches = target.kind == "cuda" and not triton_interpreted()
         # the parameters that follow from shapes and strides, in the order of _table_sizes, _lengths and _strides
@@ -109,11 +114,24 @@ class AttentionKernel:
         """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
         if not self._driver_launches:
             return self._portable(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
-        device = q.get_device()
+        call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
+        device = call.function.device
+        if device == torch._C._cuda_getDevice():
+            call(changing, torch._C._cuda_getCurrentRawStream(device))
+        else:
+            with torch.cuda.device(device):
+                call(changing, torch._C._cuda_getCurrentRawStream(device))
+        return None
+
+    def _call(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
+    ) -> tuple[Call, list[int]]:  # fmt: skip
+        """The launch of a call, and the arguments that it brings anew."""
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         changing = [q_at, k_at, v_at, out_at]
         key: tuple[Any, ...] = (
-            device, scale < 0, (q_at | k_at | v_at | out_at) & 15, q.shape, q.stride(), k.shape, k.stride(),
+            q.get_device(), scale < 0, (q_at | k_at | v_at | out_at) & 15, q.shape, q.stride(), k.shape, k.stride(),
             v.stride(), out.stride(),
         )  # fmt: skip
         if self._has_lse:
@@ -138,7 +156,8 @@ class AttentionKernel:
         changing.append(float_bits(abs(scale) or _SMALLEST_SCALE))
         if extras.softcap is not None:
             changing.append(float_bits(extras.softcap))
-        if extras.sink_logits is not None:
+        if self._has_sinks:
+            assert extras.sink_logits is not None
             changing.append(extras.sink_logits.data_ptr())
         if extras.bias is not None:
             changing.append(extras.bias.data_ptr())
@@ -146,12 +165,7 @@ class AttentionKernel:
         call = self._calls.get(key)
         if call is None:
             call = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale, extras)
-        if device == torch._C._cuda_getDevice():
-            call(changing, torch._C._cuda_getCurrentRawStream(device))
-        else:
-            with torch.cuda.device(device):
-                call(changing, torch._C._cuda_getCurrentRawStream(device))
-        return None
+        return call, changing
 
     def _prepare(
         self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
@@ -162,13 +176,13 @@ class AttentionKernel:
         with self._lock:
             if len(self._calls) >= _MANY_CALLS:
                 self._calls.clear()
-            strides = _strides(q, k, v, out)
+            strides = self._strides(q, k, v, out)
             aligned = not key[2] and _is_aligned(strides, ELEMENT_BYTES[self.dtype])
             variant = Variant(
                 aligned, False, scale < 0, _index_type(q_offset), _index_type(kv_lengths),
                 _index_type(extras.cu_seqlens_q), _index_type(extras.cu_seqlens_k), _is_wide(strides),
             )  # fmt: skip
-            sizes = [*_table_sizes(tables), *_bias_steps(extras), *_lengths(q, k, extras), *strides]
+            sizes = [*_table_sizes(tables), *_bias_steps(extras), *self._lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
                 maps = self._tensor_maps(replace(variant, tma=True), changing, k, v)
@@ -190,7 +204,7 @@ class AttentionKernel:
         maps = []
         for source, tensor, box in zip((1, 2), (k, v), self._binary(variant).boxes, strict=True):
             # the step of an axis of one element is never taken, but must be legal
-            strides = [step if size > 1 else _VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+            strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1
             maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
         return maps
@@ -208,14 +222,24 @@ class AttentionKernel:
                 self._functions[variant, device] = self._binary(variant).load(device, kinds)
         return self._functions[variant, device]
 
+    def compile_rest(self) -> None:
+        """Bring what is launched beside the kernel itself into the cache; no device is needed."""
+
+    def _strides(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
+        return _strides(q, k, v) if self._splits else _strides(q, k, v, out)[:-1]
+
+    def _lengths(self, q: Tensor, k: Tensor, extras: Extras) -> list[int]:
+        n_parts = q.shape[0] * q.shape[1] * q.shape[2] * self._splits
+        return [*_lengths(q, k, extras), *((self._splits, n_parts) if self._splits else ())]
+
     def _grid(self, q: Tensor, extras: Extras) -> int:
-        """One program per row tile (per slot in a packed batch) and query head, or per packed group of heads."""
+        """One program per row tile (per slot in a packed batch) and query head, or per packed group; and per split."""
         pack: int = self.kernel["pack"]
         rows: int = self.kernel["block_m"] // pack
         tiles = -(-q.shape[2] // rows)
         if extras.cu_seqlens_q is not None and q.shape[2]:
             tiles = q.shape[2] // rows + extras.cu_seqlens_q.shape[0] + 1
-        grid = q.shape[0] * (q.shape[1] // pack) * tiles
+        grid = q.shape[0] * (q.shape[1] // pack) * tiles * max(self._splits, 1)
         if grid > MAX_GRID:
             raise ShapeError(
                 "q", given=f"{grid} tiles of rows", allowed=f"at most {MAX_GRID}", remedy="split the batch"
@@ -230,7 +254,8 @@ class AttentionKernel:
         grid, warps, stages = self._grid(q, extras), option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
         if not grid:
             return
-        sizes = [*_table_sizes(tables), *_bias_steps(extras), *_lengths(q, k, extras), *_strides(q, k, v, out)]
+        lengths, strides = self._lengths(q, k, extras), self._strides(q, k, v, out)
+        sizes = [*_table_sizes(tables), *_bias_steps(extras), *lengths, *strides]
         constants = constants_of(self.kernel, Variant(negative=scale < 0), stages)
         named: dict[str, Any] = {
             **dict(zip(self._fixed, sizes, strict=True)), **constants,
@@ -247,6 +272,65 @@ class AttentionKernel:
         else:
             with torch.cuda.device(q.device):
                 self._module.attention[grid,](**values, num_warps=warps, num_stages=stages)
+
+
+class SplitKernel(AttentionKernel):
+    """Attention whose keys are dealt to several programs per row tile, and their parts added up (Dao et al. 2023).
+
+    For calls with fewer row tiles than the device runs at a time. The parts are a workspace of the call's own:
+    splits * (Dv + 1) float32 for each row and head. Other numbers of splits are made of the same binaries. No atomics.
+    """
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        super().__init__(partial(kernel), target)
+        self._splits = option(kernel, "splits", 1)
+        self._combine = Combiner(Combination.of(kernel), target)
+        self._part_size: int = self._splits * (kernel["value_dim"] + 1)
+
+    @property
+    def source(self) -> str:
+        """Both rendered Triton modules."""
+        return "\n\n".join((super().source, self._combine.source))
+
+    def compile_rest(self) -> None:
+        """Bring what adds up the parts into the cache."""
+        self._combine.binary()
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
+    ) -> None:  # fmt: skip
+        """Write `out` and `lse`, as AttentionKernel does."""
+        batch, heads, rows, _ = q.shape
+        parts = torch.empty(batch * heads * rows * self._part_size, dtype=torch.float32, device=q.device)
+        if self.kernel["row"] is not None:  # by this are rows known that get no parts
+            parts[-batch * heads * rows * self._splits :].fill_(torch.inf)
+        if not self._driver_launches:
+            self._portable(q, k, v, parts, None, tables, q_offset, kv_lengths, scale, extras)
+            return self._combine.portable(parts, out, lse, extras.sink_logits, self._splits)
+        call, changing = self._call(q, k, v, out, None, tables, q_offset, kv_lengths, scale, extras)
+        if call.after is None:
+            call.after = self._combine.prepare(out, self._splits)
+        results = [parts.data_ptr(), changing[3]]
+        changing[3] = results[0]
+        if lse is not None:
+            results.append(lse.data_ptr())
+        if extras.sink_logits is not None:
+            results.append(extras.sink_logits.data_ptr())
+        device = call.function.device
+        if device == torch._C._cuda_getDevice():
+            _launch_both(call, changing, results)
+        else:
+            with torch.cuda.device(device):
+                _launch_both(call, changing, results)
+        return None
+
+
+def _launch_both(call: Call, changing: list[int], results: list[int]) -> None:
+    assert call.after is not None
+    stream = torch._C._cuda_getCurrentRawStream(call.function.device)
+    call(changing, stream)
+    call.after(results, stream)
 
 
 def _table_sizes(tables: Sequence[Tensor]) -> list[int]:
@@ -275,24 +359,24 @@ def _lengths(q: Tensor, k: Tensor, extras: Extras) -> list[int]:
     return [q.shape[2], k.shape[2], k.shape[1], q.shape[1] // max(k.shape[1], 1), *sequences]
 
 
-def _strides(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
-    """Of all axes, but the last of `out`; 0, or 1 for the last axis, where there is one element."""
+def _strides(*tensors: Tensor) -> list[int]:
+    """Of all axes; 0, or 1 for the last axis, where there is one element."""
     values: list[int] = []
-    for tensor in (q, k, v, out):
+    for tensor in tensors:
         batch, heads, rows, channels = tensor.shape
         step_b, step_h, step_n, step_d = tensor.stride()
         values += (
             step_b if batch > 1 else 0, step_h if heads > 1 else 0, step_n if rows > 1 else 0,
             step_d if channels > 1 else 1,
         )  # fmt: skip
-    return values[:-1]
+    return values
 
 
 def _is_aligned(strides: list[int], item: int) -> bool:
     """Whether last strides are 1 and all others multiples of 16 bytes."""
     steps = list(strides)
     last = steps.pop(11), steps.pop(7), steps.pop(3)
-    return last == (1, 1, 1) and gcd(*steps) * item % _VECTOR == 0
+    return last == (1, 1, 1) and gcd(*steps) * item % VECTOR == 0
 
 
 def _is_wide(strides: list[int]) -> bool:

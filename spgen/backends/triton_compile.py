@@ -21,9 +21,9 @@ from spgen.target import Target
 from spgen.templates.triton import attention
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _REGISTERS = 64 * 1024  # of a multiprocessor
-_VECTOR = 16  # bytes that one load instruction moves
+VECTOR = 16  # bytes that one load instruction moves
 _TENSOR_MAPS_FROM = 90  # sm_90 and later can bring tiles through tensor descriptors
 _LARGEST_BOX = 256  # rows that a descriptor brings at once
 
@@ -135,19 +135,21 @@ def specialised(kernel: Op, source: Path, variant: Variant, stages: int = 2, reg
         types[parameter.name] = _type(kernel, parameter, variant)
         if types[parameter.name] == "constexpr":
             constants[parameter.name] = choices.get(parameter.name, 1 if parameter.type == "unit" else None)
-        elif variant.aligned and parameter.type == "data":
-            divisors[parameter.name] = _VECTOR
+        elif parameter.type == "workspace" or (variant.aligned and parameter.type == "data"):
+            divisors[parameter.name] = VECTOR
         elif variant.aligned and parameter.type in ("stride", "step"):
-            divisors[parameter.name] = _VECTOR // ELEMENT_BYTES[kernel["dtype"]]
+            divisors[parameter.name] = VECTOR // ELEMENT_BYTES[kernel["dtype"]]
     return Specialised(
         source, attention.ENTRY, types, constants, divisors, option(kernel, "warps", 4), stages, registers
     )
 
 
 def _type(kernel: Op, parameter: attention.Parameter, variant: Variant) -> str:
-    dtype = _TRITON_TYPES[kernel["dtype"]]
+    dtype = TRITON_TYPES[kernel["dtype"]]
     if parameter.type == "data":
         return f"*{dtype}"
+    if parameter.type == "workspace":
+        return "*fp32"
     if parameter.type == "desc":
         keys = parameter.name == "k_blocks"
         lanes = attention.padded(kernel["head_dim"])

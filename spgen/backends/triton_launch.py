@@ -137,7 +137,12 @@ class TensorMap:
 
 
 class Call:
-    """What all calls of the same shapes and strides share: the grid, the arguments that follow from them, the maps."""
+    """What all calls of the same shapes and strides share: the grid, the arguments that follow from them, the maps.
+
+    `after`, if there is one, is launched next, over the results.
+    """
+
+    after: Call | None = None
 
     def __init__(self, function: Function, grid: int, fixed: Sequence[int], maps: Sequence[TensorMap]) -> None:
         self.function, self.grid, self.maps = function, grid, maps

@@ -9,6 +9,7 @@ The options of a kernel that this backend knows:
 | `registers` | a cap per thread, by which programs share a multiprocessor (not where masks read tables pair by pair) |
 | `prefetch` | 1: columns that come from a table are read one tile ahead |
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
+| `splits` | programs that share the keys of a row tile, where row tiles are fewer than a device runs (default: 1) |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
 """
 
@@ -33,16 +34,25 @@ _HALF_LITTLE = ((64, 128, 64, 4, 2, 0), (128, 64, 64, 4, 2, 0), (256, 64, 32, 8,
 _FLOAT_HOPPER = ((64, 128, 64, 8, 2, 0), (128, 128, 32, 8, 2, 0), (256, 64, 32, 4, 1, 0))
 _FLOAT_CORES = ((64, 64, 32, 4, 2, 0), (128, 32, 32, 4, 1, 0), (256, 32, 16, 8, 1, 0))
 _FLOAT_PLAIN = ((128, 32, 32, 8, 1, 0), (256, 16, 16, 8, 1, 0))
+# Calls of few rows (decoding) wait for memory: low tiles, deep pipelines, all of a multiprocessor's shared memory.
+_LOW_HEIGHTS = (16, 32, 64)
+_LOW_WARPS, _LOW_STAGES, _LOW_WIDTHS = 4, (3, 4), (128, 64)
+_BESIDE = 16 * 1024  # bytes of shared memory for what is not a tile of K or V
 
 
-def default_config(head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None) -> Config:
+def default_config(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None, cols: int | None = None,
+    height: int | None = None,
+) -> Config:  # fmt: skip
     """A configuration that fits every target of this kind.
 
-    `rows` is how many neighbouring rows share their data, if they do not all: tiles no taller than that waste least,
-    down to 64 rows. Products of float32 are three products of tf32 where there are tensor cores: as exact as float32's
-    own rounding, and five times as fast as its plain arithmetic, which SPGEN_FLOAT32=ieee chooses.
+    `rows` and `cols` are how many neighbouring rows and columns share their data, if they do not all: tiles no taller
+    than that waste least, down to 64 rows, and tiles no wider read columns that follow each other. `height` is how many
+    rows could share a row tile, if they are few. Products of float32 are three products of tf32 where there are tensor
+    cores: as exact as float32's own rounding, and five times as fast as its plain arithmetic, which SPGEN_FLOAT32=ieee
+    chooses.
     """
-    lanes = max(padded(head_dim), padded(value_dim))
+    lanes = padded(head_dim), padded(value_dim)
     extra = []
     if dtype != "float32":
         table = _half_table(target, rows)
@@ -51,11 +61,26 @@ def default_config(head_dim: int, value_dim: int, dtype: str, target: Target, *,
         extra = ["tf32x3=1"]
     else:
         table = _FLOAT_PLAIN
-    block_m, block_n, warps, stages, registers = next(row for limit, *row in table if lanes <= limit)
+    block_m, block_n, warps, stages, registers = next(row for limit, *row in table if max(lanes) <= limit)
+    low = next((one for one in _LOW_HEIGHTS if height is not None and height <= one < block_m), None)
+    if low is not None:
+        block_m, warps, registers = low, _LOW_WARPS, 0
+        if dtype != "float32":
+            block_n, stages = _low_tile(sum(lanes), target, cols) or (block_n, stages)
     if registers:
         extra.append(f"registers={registers}")
     options = [f"warps={warps}", f"stages={stages}", "prefetch=1", *extra]
     return Config(block_m, block_n, tuple(options))
+
+
+def _low_tile(lanes: int, target: Target, cols: int | None) -> tuple[int, int] | None:
+    """Keys and stages of a half-precision tile of few rows: the widest of which enough stages fit."""
+    least, most = _LOW_STAGES
+    for block_n in _LOW_WIDTHS if target.kind == "cuda" else ():
+        stages = (target.smem_bytes - _BESIDE) // (2 * block_n * lanes)
+        if stages >= least and (cols is None or cols >= block_n or block_n == _LOW_WIDTHS[-1]):
+            return block_n, min(stages, most)
+    return None
 
 
 def _half_table(target: Target, rows: int | None) -> tuple[tuple[int, ...], ...]:

@@ -27,8 +27,11 @@ _built: dict[tuple[Op, Target], AttentionKernel] = {}
 _lock = threading.Lock()
 
 
-def default_config(head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None) -> Config:
-    """A configuration that fits the target's vector registers, whatever `rows` share."""
+def default_config(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None, cols: int | None = None,
+    height: int | None = None,
+) -> Config:  # fmt: skip
+    """A configuration that fits the target's vector registers, whatever `rows` and `cols` share, and for any height."""
     return default_tiles(target)
 
 

@@ -16,7 +16,7 @@ from spgen.autotune.records import Record
 from spgen.autotune.space import Kernel, Space, space_of
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case
-from spgen.compile import Lowered, default_config, lower
+from spgen.compile import Lowered, lower
 from spgen.errors import SpgenError, WorkloadError
 from spgen.explain import tiles_of_programs
 from spgen.ir.config import Config
@@ -29,7 +29,7 @@ from spgen.sequences import Sequences
 from spgen.settings import override
 from spgen.tables import Builder
 from spgen.target import Target
-from spgen.tuned import bucket_of, key_of, toolchain
+from spgen.tuned import bucket_of, default_of, key_of, toolchain
 
 
 class Subject:
@@ -43,7 +43,7 @@ class Subject:
         self.call = _arguments(case, device, values)
         with override(records=False):
             self.request = request_of(self.call, target=target)
-        self.default = default_config(self.request)
+        self.default = default_of(self.request, sizes_of(self.call))
         self._programs: dict[tuple[int, int], tuple[Lowered, list[Tensor], Work]] = {}
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import Any
 
 from spgen.errors import UnsupportedError
 from spgen.ir.expr import TRUE, Expr, and_, floordiv, free_variables, operands, rebuild, tables, var, walk
-from spgen.ir.kernel import COLUMN_VARIABLES, ROW_VARIABLES, option, parts
+from spgen.ir.kernel import COLUMN_VARIABLES, KERNEL, ROW_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.ir.ranges import Range, value_range
 from spgen.templates.triton.expressions import DEAL, Printed, print_expression, print_mask
@@ -32,8 +32,9 @@ _RANGES: dict[str, Range] = dict.fromkeys(
 class Parameter:
     """One argument of the rendered kernel.
 
-    `type` is "data" (a pointer to the tensors' dtype), "*fp32", "*i32", "*index" (a pointer to int32 or int64), "desc"
-    (a tensor descriptor or None), "i32", "i64", "stride" (int64, a multiple of 16 bytes in the aligned variants),
+    `type` is "data" (a pointer to the tensors' dtype), "*fp32", "workspace" (float32 of the launcher's own), "*i32",
+    "*index" (a pointer to int32 or int64), "desc" (a tensor descriptor or None), "i32", "i64", "stride" (int64, a
+    multiple of 16 bytes in the aligned variants),
     "step" (a stride of rows: the same, but int32 except in the wide variants), "unit" (a last stride: the constant 1 or
     int64), "fp32" or "constexpr".
     """
@@ -65,13 +66,30 @@ class Segment:
     mask: Printed  # of pairs, where the key of a column is there at all
 
 
+def is_partial(kernel: Op) -> bool:
+    """Whether a program visits one share of its row tile's keys, out of a number that the launch chooses.
+
+    Its results are parts [B, Hq, Lq, splits, Dv], and behind them their log-sum-exps to base 2 [B, Hq, Lq, splits];
+    combine.py.jinja adds them up.
+    """
+    return option(kernel, "partial", 0) == 1
+
+
+def partial(kernel: Op) -> Op:
+    """The kernel that makes the parts of `kernel`, which has the option `splits`; any number of them."""
+    options = [text for text in kernel["options"] if not text.startswith("splits=")]
+    attributes = {**dict(kernel.attrs), "options": (*options, "partial=1"), "lse": False, "sinks": False}
+    return KERNEL.make("attention", *kernel.operands, **attributes)
+
+
 def parameters(kernel: Op) -> tuple[Parameter, ...]:
     """The arguments of the rendered kernel, in order."""
     return tuple(Parameter(name, kind) for name, kind in _parameters(kernel))
 
 
 def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
-    yield from (("q", "data"), ("k", "data"), ("v", "data"), ("out", "data"))
+    memory = "workspace" if is_partial(kernel) else "data"
+    yield from (("q", "data"), ("k", "data"), ("v", "data"), ("out", memory))
     if kernel["lse"]:
         yield "lse", "*fp32"
     yield from (("k_blocks", "desc"), ("v_blocks", "desc"))
@@ -91,7 +109,9 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     yield from _score_parameters(kernel)
     for size in ("q_len", "k_len", "n_key_heads", "group", *(["n_sequences"] if kernel["cu_seqlens"] else [])):
         yield size, "i32"
-    for tensor in ("q", "k", "v", "out"):
+    if is_partial(kernel):
+        yield from (("splits", "i32"), ("n_parts", "i64"))
+    for tensor in ("q", "k", "v", *([] if is_partial(kernel) else ["out"])):
         for axis, kind in (("b", "stride"), ("h", "stride"), ("n", "step")):
             yield f"{tensor}_{axis}", kind
         if tensor != "out":
@@ -140,6 +160,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "sinks": kernel["sinks"],
         "bias": kernel["bias"],
         "lse": kernel["lse"],
+        "partial": is_partial(kernel),
         "row": printing.optional(kernel["row"], "row"),
         "tables": [{"name": f"{op['name']}_table", "head": _HEADS[op["heads"]]} for op in parts(kernel, "table")],
         "lets": [
@@ -164,6 +185,8 @@ def check(kernel: Op) -> None:
             raise UnsupportedError(name, given=size, allowed="a power of two of at least 16")
     if kernel["pack"] > kernel["block_m"]:
         raise UnsupportedError("pack", given=kernel["pack"], allowed=f"at most block_m, which is {kernel['block_m']}")
+    if option(kernel, "splits", 1) < 1:
+        raise UnsupportedError("splits", given=option(kernel, "splits", 1), allowed="a number of at least 1")
     rows = _row_vectors(kernel)
     for op in parts(kernel, "segment"):
         for attribute, value in op.attrs:
@@ -274,7 +297,7 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
         full_stop=printing.text(op["full_stop"], "full_stop") if has_full else None,
         stop=printing.text(op["stop"], "stop"),
         column=printing.text(column, "column", **({"p": "p0"} if contiguous else {})),
-        first_column=printing.text(column, "column", p="full_start") if ahead else None,
+        first_column=printing.text(column, "column", p="p_next") if ahead else None,
         next_column=printing.text(column, "column", p="p_next") if ahead else None,
         key=printing.optional(op["key"], "key"),
         mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _by_tile(op)), _loaded(op)),

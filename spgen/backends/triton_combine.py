@@ -1,0 +1,100 @@
+"""The kernel that adds up the parts of a split call: a row of one head for each program.
+
+The order of the parts is fixed, so the bits are, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.backends import triton_binary
+from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, load_source, rendered
+from spgen.backends.triton_compile import TRITON_TYPES, VECTOR
+from spgen.backends.triton_launch import Call, Function
+from spgen.settings import triton_interpreted
+from spgen.target import Target
+from spgen.templates.triton import combine
+from spgen.templates.triton.combine import Combination
+
+_WARPS = 4
+_POINTERS = ("workspace", "data", "*fp32")
+
+
+class Combiner:
+    """A compiled combination of parts, for any number of them; see SplitKernel."""
+
+    def __init__(self, combination: Combination, target: Target) -> None:
+        self.combination, self.target = combination, target
+        self._parameters = combine.parameters(combination)
+        self._functions: dict[int, Function] = {}
+        self._module: ModuleType | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def path(self) -> Path:
+        """The file of the rendered source."""
+        return rendered("triton/combine.py.jinja", str(self.combination), lambda: combine.symbols(self.combination))
+
+    @property
+    def source(self) -> str:
+        """The rendered Triton module."""
+        return self.path.read_text(encoding="utf-8")
+
+    def binary(self) -> Binary:
+        """The binary, from the cache or compiled now; no device is needed."""
+
+        def build() -> tuple[Specialised, Any]:
+            function = self.specialised()
+            return function, compile_ahead(function, self.target)
+
+        return triton_binary.binary({"kernel": str(self.combination)}, self.target, build)
+
+    def specialised(self) -> Specialised:
+        """The rendered function with its types."""
+        kinds = {"workspace": "*fp32", "data": f"*{TRITON_TYPES[self.combination.dtype]}"}
+        types = {parameter.name: kinds.get(parameter.type, parameter.type) for parameter in self._parameters}
+        divisors = {parameter.name: VECTOR for parameter in self._parameters if parameter.type == "workspace"}
+        return Specialised(self.path, combine.ENTRY, types, {}, divisors, _WARPS)
+
+    def prepare(self, out: Tensor, splits: int) -> Call:
+        """The launch for all results of this shape and these strides: pointers to parts, out, lse, sinks are left."""
+        device = out.get_device()
+        with self._lock:
+            if device not in self._functions:
+                kinds = ["changing" if p.type in _POINTERS else "fixed" for p in self._parameters]
+                with torch.cuda.device(device):
+                    self._functions[device] = self.binary().load(device, kinds)
+            return Call(self._functions[device], _rows(out), _sizes(out, splits), [])
+
+    def portable(self, parts: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, splits: int) -> None:
+        """The same kernel through Triton's own front end."""
+        if not _rows(out):
+            return
+        if self._module is None:
+            self._module = load_source(self.path)
+        fixed = [parameter.name for parameter in self._parameters if parameter.type not in _POINTERS]
+        named = {
+            "parts": parts, "out": out, "lse": lse, "sink_logits": sinks,
+            **dict(zip(fixed, _sizes(out, splits), strict=True)),
+        }  # fmt: skip
+        values = {parameter.name: named[parameter.name] for parameter in self._parameters}
+        if triton_interpreted():
+            self._module.combine[_rows(out),](**values)
+        else:
+            with torch.cuda.device(out.device):
+                self._module.combine[_rows(out),](**values, num_warps=_WARPS)
+
+
+def _rows(out: Tensor) -> int:
+    return out.shape[0] * out.shape[1] * out.shape[2]
+
+
+def _sizes(out: Tensor, splits: int) -> list[int]:
+    """What follows the pointers among the arguments."""
+    return [splits, splits * _rows(out), out.shape[2], out.shape[1], *out.stride()[:3]]
