@@ -303,7 +303,7 @@ class SplitKernel(AttentionKernel):
         """Write `out` and `lse`, as AttentionKernel does."""
         batch, heads, rows, _ = q.shape
         parts = torch.empty(batch * heads * rows * self._part_size, dtype=torch.float32, device=q.device)
-        if self.kernel["row"] is not None:  # by this are rows known that get no parts
+        if self._combine.combination.gaps:  # by this are rows known that get no parts
             parts[-batch * heads * rows * self._splits :].fill_(torch.inf)
         if not self._driver_launches:
             self._portable(q, k, v, parts, None, tables, q_offset, kv_lengths, scale, extras)
@@ -313,9 +313,11 @@ class SplitKernel(AttentionKernel):
             call.after = self._combine.prepare(out, self._splits)
         results = [parts.data_ptr(), changing[3]]
         changing[3] = results[0]
-        if lse is not None:
+        if self._combine.combination.lse:
+            assert lse is not None
             results.append(lse.data_ptr())
-        if extras.sink_logits is not None:
+        if self._combine.combination.sinks:
+            assert extras.sink_logits is not None
             results.append(extras.sink_logits.data_ptr())
         device = call.function.device
         if device == torch._C._cuda_getDevice():
