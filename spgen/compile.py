@@ -49,7 +49,7 @@ _DIAGONAL_ROWS = 64
 class Request:
     """Everything that a kernel is specialised for. Lengths, batch, counts and strides are not among it.
 
-    What records of measurements say about a call's sizes is: `config` (see spgen/tuned.py).
+    What follows from a call's sizes is `config` (see spgen/tuned.py).
     """
 
     pattern: str

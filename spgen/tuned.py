@@ -63,9 +63,10 @@ class Choice:
 def request_for(pattern: str, call: Call, q_heads: int, kv_heads: int, target: Target, sizes: Sizes) -> Request:
     """What the kernel of a call is specialised for, its configuration included."""
     request = Request(pattern, call, q_heads, kv_heads, False, target)
-    packed = is_packed(pattern, q_heads, kv_heads, sizes.rows, default_config(request).block_m)
-    request = replace(request, packed=packed)
-    return replace(request, config=config_of(request, sizes))
+    usual = default_config(request)
+    request = replace(request, packed=is_packed(pattern, q_heads, kv_heads, sizes.rows, usual.block_m))
+    config = config_of(request, sizes)
+    return request if config == usual else replace(request, config=config)
 
 
 def config_of(request: Request, sizes: Sizes) -> Config:

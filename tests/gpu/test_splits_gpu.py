@@ -34,8 +34,7 @@ def decode(
 
 def splits_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: sp.Pattern, **options: Any) -> int:
     config = request_of(Arguments(q, k, v, list(pattern.data), repr(pattern), **options)).config
-    assert config is not None
-    return config.option("splits", 1)
+    return 1 if config is None else config.option("splits", 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

