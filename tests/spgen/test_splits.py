@@ -162,7 +162,7 @@ def test_cpus_ignore_splits() -> None:
 
 
 def test_the_cost_model_knows_splits() -> None:
-    """Eight long programs are slower than their keys dealt to 128; where all multiprocessors are busy it brings nothing."""
+    """Eight long programs are slower than their keys dealt to 128; where the device is full it brings nothing."""
     few = Work("bfloat16", 128, 128, 8, 2040, 8, 0, 256, 5e8, 1.3e8)
     many = replace(few, programs=8192, full=2040 * 1024, masked=8 * 1024, flops=5e11, bytes=1.3e11)
     config = chosen(1, 1, 32768)
