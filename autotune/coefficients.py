@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from spgen.target import Target, modelled
 
+SHARES = ("products", "short", "threefold", "memory")  # of a rate that the data sheet states: below 1
 SPREAD = "spread"  # by which factor times lay off, when calls were predicted that the fit had not seen
 _UNMEASURED = 2.0  # the spread that is assumed
 _FAMILY = 1.5  # by which a spread grows on another architecture
@@ -19,6 +20,8 @@ _FAMILY = 1.5  # by which a spread grows on another architecture
 GPU: Mapping[str, float] = {
     "products": 0.72,  # share of the peak that a stream of matrix products reaches
     "short": 0.6,  # share of that with tiles of fewer than 64 rows
+    "threefold": 0.5,  # share of that with products of float32 as three of tf32
+    "split": 8.0,  # operations to split an operand of theirs in high and low parts
     "score": 18.0,  # operations for a score: scaling, maximum, exponential, sum
     "rescale": 3.0,  # operations for a channel of the accumulator that is rescaled
     "mask": 14.0,  # operations more for a score that is masked
@@ -35,9 +38,9 @@ GPU: Mapping[str, float] = {
     "longest": 1.0,  # weight of the longest program
     "memory": 0.85,  # share of the bandwidth that is reached
     "launch": 6e-6,  # seconds of a launch
-    "adjust.rows": 0.0, "adjust.keys": 0.0, "adjust.warps": 0.0, "adjust.one_stage": 0.0, "adjust.stages": 0.0,
-    "adjust.capped": 0.0, "adjust.masked_stages": 0.0, "adjust.short_keys": 0.0, "adjust.short_rows": 0.0,
-    "adjust.masked_keys": 0.0, "adjust.masked_rows": 0.0,
+    "adjust.rows": 0.0, "adjust.keys": 0.0, "adjust.warps": 0.0, "adjust.tall_warps": 0.0, "adjust.split_warps": 0.0,
+    "adjust.one_stage": 0.0, "adjust.stages": 0.0, "adjust.capped": 0.0, "adjust.masked_stages": 0.0,
+    "adjust.short_keys": 0.0, "adjust.short_rows": 0.0, "adjust.masked_keys": 0.0, "adjust.masked_rows": 0.0,
 }  # fmt: skip
 CPU: Mapping[str, float] = {
     "products": 0.9,  # share of the peak that the register tiles reach

@@ -1,7 +1,7 @@
 """Fitting the cost model to measured trials, and how good it is at calls that it has not seen.
 
     residual   log(predicted / measured) of a trial, most of its record's mean taken off: order counts more than level
-    weight     (best / measured) of the record: configurations that nobody would choose hardly count
+    weight     (best / measured)² of the record: configurations that nobody would choose hardly count
     prior      each coefficient's logarithm stays near that of the guess, as far as the trials do not say otherwise
 
 Minimised by damped Gauss-Newton steps. For the evaluation each call is predicted with coefficients from which its own
@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from spgen.autotune.coefficients import SPREAD, guesses
+from spgen.autotune.coefficients import SHARES, SPREAD, guesses
 from spgen.autotune.model import estimated, terms_of
 from spgen.autotune.records import Record
 from spgen.autotune.work import Resources, Work
 from spgen.ir.config import Config
 from spgen.target import Target
 
-_CENTRED = 0.8  # share of a record's mean residual that is taken off
+_CENTRED = 0.9  # share of a record's mean residual that is taken off
 _NOISE = 0.08  # of a trial, as a logarithm, against which the priors are weighed
-_PRIOR = 0.7  # standard deviation of a coefficient's logarithm
+_PRIOR = 1.0  # standard deviation of a coefficient's logarithm
 _PRIOR_ADJUST = 0.1  # of an exponent that is linear in the choices
 _STEPS = 12
 _DELTA = 1e-4  # of numeric derivatives
@@ -54,7 +54,7 @@ class _Case:
     @cached_property
     def weights(self) -> Vector:
         best = min(trial.seconds for trial in self.trials)
-        return [best / trial.seconds for trial in self.trials]
+        return [(best / trial.seconds) ** 2 for trial in self.trials]
 
 
 @dataclass(frozen=True)
@@ -168,13 +168,11 @@ class _Problem:
         self.cases, self.target = cases, target
         guess = guesses(target)
         self.names = list(guess)
-        self.prior = [guess[name] if _is_exponent(name) else math.log(guess[name]) for name in self.names]
+        self.prior = [_free(name, guess[name]) for name in self.names]
         self.width = [_PRIOR_ADJUST if _is_exponent(name) else _PRIOR for name in self.names]
 
     def values(self, theta: Sequence[float]) -> dict[str, float]:
-        return {
-            name: x if _is_exponent(name) else math.exp(x) for name, x in zip(self.names, theta, strict=True)
-        }  # fmt: skip
+        return {name: _bound(name, x) for name, x in zip(self.names, theta, strict=True)}
 
     def minimise(self) -> Vector:
         theta, damping = list(self.prior), 1e-2
@@ -251,6 +249,24 @@ class _Problem:
             own[n] = (own[n] + weight) * (1 + damping)
             rows.append(own)
         return _solved(rows)
+
+
+def _free(name: str, value: float) -> float:
+    """A coefficient as a number without bounds: shares lie below 1, the exponent of overlap above."""
+    if _is_exponent(name):
+        return value
+    if name in SHARES:
+        return math.log(value / (1 - value))
+    return math.log(value - 1) if name == "overlap" else math.log(value)
+
+
+def _bound(name: str, x: float) -> float:
+    """The coefficient of a free number."""
+    if _is_exponent(name):
+        return x
+    if name in SHARES:
+        return 1 / (1 + math.exp(-x))
+    return math.exp(x) + (name == "overlap")
 
 
 def _is_exponent(name: str) -> bool:

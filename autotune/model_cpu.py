@@ -38,7 +38,7 @@ def terms(work: Work, config: Config, target: Target, values: Mapping[str, float
         "loads": (work.tiles * loads + work.gathered * moved * values["gather"] / peak) / busy,
         "latency": (work.tiles * values["tile"] + work.programs * values["program"]) / busy,
         "longest program": values["longest"] * work.longest * mean + values["program"],
-        "memory": work.bytes / (target.bandwidth * values["memory"]) if target.bandwidth else 0.0,
+        "memory": work.moved(config) / (target.bandwidth * values["memory"]) if target.bandwidth else 0.0,
         "launch": values["launch"],
     }
     # workers take row tiles one by one: the last ones are waited for, half a row tile on average

@@ -11,6 +11,7 @@ from spgen.ir.config import Config
 from spgen.target import Target
 
 _MOST_REGISTERS = 255
+_SQUEEZED, _AGAIN = 0.78, 11  # registers under a cap, and bytes for each that is spilled
 _FULL_ROWS = 64  # of a tile, below which Hopper's wide products are not used
 _SHORT_PROGRAM = 16.0  # tiles
 _ASSUMED_PEAK = 2e12  # of a multiprocessor of which only the limits are known
@@ -53,7 +54,7 @@ def terms(
     waves = _waves(work, target.cores * share)
     found = {name: seconds / busy for name, seconds in parts.items()}
     found["longest program"] = values["longest"] * work.longest * chain / max(work.tiles, 1) + values["program"]
-    found["memory"] = work.bytes / (target.bandwidth * values["memory"]) if target.bandwidth else 0.0
+    found["memory"] = work.moved(config) / (target.bandwidth * values["memory"]) if target.bandwidth else 0.0
     throughput = (total + work.programs * values["program"] / share) / busy * waves
     launch = _joined((throughput, found["longest program"], found["memory"]), _JOIN)
     return {
@@ -89,6 +90,8 @@ def _tile(
     vector = _vector_rate(target)
     products = 2 * pairs * sum(lanes) / _matrix_rate(work.dtype, config, target, values)
     operations = pairs * (values["score"] + (values["mask"] if masked else 0.0)) + channels * values["rescale"]
+    if config.option("tf32x3"):
+        operations += (pairs + config.block_m * lanes[0] + config.block_n * sum(lanes)) * values["split"]
     threads = threads_of(config, target)
     operations += resources.spilled * threads * values["spill"]
     moved = config.block_n * sum(lanes) * BYTES[work.dtype]
@@ -109,7 +112,7 @@ def _matrix_rate(dtype: str, config: Config, target: Target, values: Mapping[str
     """FLOP/s of a multiprocessor."""
     rate = target.peak(dtype)
     if dtype == "float32" and config.option("tf32x3"):
-        rate = target.peak("tf32") / 3
+        rate = target.peak("tf32") / 3 * values["threefold"]
     rate = (rate or _ASSUMED_PEAK) / target.cores * values["products"]
     return rate * (values["short"] if config.block_m < _FULL_ROWS else 1.0)
 
@@ -151,7 +154,10 @@ def features(work: Work, config: Config) -> dict[str, float]:
     stages = config.option("stages", 2)
     short = 1 / (1 + work.tiles * config.block_n / 64 / max(work.programs, 1) / _SHORT_PROGRAM)
     masked = work.masked / max(work.tiles, 1)
+    # a warp multiplies 16 rows: with fewer, warps split the keys, with more, it holds several products at once
+    height = math.log2(config.block_m / config.option("warps", 4) / 16)
     return {
+        "tall_warps": max(height, 0.0), "split_warps": max(-height, 0.0),
         "rows": rows, "keys": keys, "warps": math.log2(config.option("warps", 4) / 8), "one_stage": float(stages == 1),
         "stages": float(max(stages - 2, 0)), "capped": float(config.option("registers") > 0),
         "masked_stages": float(0 < config.option("masked_stages") < stages), "short_keys": short * keys,
@@ -174,8 +180,10 @@ def estimated(work: Work, config: Config, target: Target) -> Resources:
         held, most = 190 + own + tile * size / 4, min(512, 4 * 512 // config.option("warps", 4))
     else:
         held, most = 22 + own + config.block_m * lanes[0] * size / 8 / threads, _MOST_REGISTERS
-        held += 0.0 if _has_descriptors(config, target) else 0.7 * tile
+        held += 0.0 if _has_descriptors(config, target) else min(0.7 * tile, 60)
         held *= 1.3 if config.option("tf32x3") else 1.0
     cap = min(config.option("registers") or most, most)
-    shared = least_shared(config, work.dtype, work.head_dim, work.value_dim, target)
-    return Resources(round(min(held, cap)), shared, round(4 * max(held - cap, 0)))
+    shared = least_shared(config, work, target)
+    # under a cap below what it may take, ptxas does with a fifth less, and spills what is left again and again
+    spilled = 4 * (held - cap) if cap == most else _AGAIN * (_SQUEEZED * held - cap)
+    return Resources(round(min(held, cap)), shared, round(max(spilled, 0)))

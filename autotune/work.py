@@ -42,6 +42,11 @@ class Work:
         """All tiles."""
         return self.full + self.masked
 
+    def moved(self, config: Config) -> float:
+        """Bytes that must come from memory: no more than the tiles hold."""
+        keys, rows = self.tiles * config.block_n, self.programs * config.block_m
+        return min(self.bytes, float((keys + rows) * (self.head_dim + self.value_dim) * BYTES[self.dtype]))
+
     @staticmethod
     def of(facts: Mapping[str, Any], config: Config) -> Work:
         """The work that a record's facts give for a configuration. Raises RecordError if they lack its tiles."""
@@ -94,16 +99,22 @@ def _reserved(target: Target) -> int:
     return _RESERVED if target.kind == "cuda" else 0
 
 
-def least_shared(config: Config, dtype: str, head_dim: int, value_dim: int, target: Target) -> int:
+def stages_of(work: Work, config: Config) -> int:
+    """Stages of the loops that there are: without whole tiles, those of the masked ones."""
+    stages = config.option("stages", 2)
+    return stages if work.full else config.option("masked_stages", stages)
+
+
+def least_shared(config: Config, work: Work, target: Target) -> int:
     """Bytes of shared memory that Triton gives the kernel at least: q, and K and V of each stage.
 
     Wgmma reads all of them from there; before it, a stage in use lies in registers. Three products of tf32 hold the
     high and the low parts of q. AMD's q is in registers when the loop begins.
     """
-    size = BYTES[dtype]
-    lanes = padded(head_dim), padded(value_dim)
+    size = BYTES[work.dtype]
+    lanes = padded(work.head_dim), padded(work.value_dim)
     q, k, v = config.block_m * lanes[0] * size, config.block_n * lanes[0] * size, config.block_n * lanes[1] * size
-    stages = config.option("stages", 2)
+    stages = stages_of(work, config)
     if target.kind == "hip":
         return max(q if stages == 1 else 0, (stages - 1) * (k + v))
     if config.option("tf32x3"):
@@ -118,7 +129,7 @@ def fits(config: Config, work: Work, target: Target) -> str | None:
     """Why a configuration cannot run on a target, or None: what is known before anything is compiled."""
     if target.kind == "cpu":
         return _fits_cpu(config, target)
-    shared = least_shared(config, work.dtype, work.head_dim, work.value_dim, target)
+    shared = least_shared(config, work, target)
     if target.smem_bytes and shared > target.smem_bytes:
         return f"shared memory: {shared} of {target.smem_bytes} bytes"
     threads = threads_of(config, target)
