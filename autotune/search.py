@@ -4,7 +4,8 @@
     2. neighbours of the best, one axis changed, as often as the effort allows
     3. the best few and the default again, in turns: the winner must beat the default by more than the noise
 
-Every reading is kept, so an interrupted search goes on where it stopped.
+Every reading is kept, so an interrupted search goes on where it stopped; earlier readings are scaled to what the default
+takes now.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def tune(
     """
     chosen = EFFORTS[effort]
     search = _Search(problem, save, said)
+    search.compare_with_before()
     search.trying(favourites(problem.record.default, problem.configs(), chosen.favourites))
     for _ in range(chosen.steps):
         best = search.best()
@@ -96,6 +98,21 @@ class _Search:
     def __init__(self, problem: Problem, save: Callable[[Record], None], said: Callable[[str, int, int], None]) -> None:
         self._problem, self._save, self._said = problem, save, said
         self.record = problem.record
+
+    def compare_with_before(self) -> None:
+        """Bring earlier readings to what this machine does now: it may be warmer, or be shared with others.
+
+        By the default, which is measured again; all of them are scaled alike.
+        """
+        default, trials = self.record.default, self.record.trials
+        if default not in trials or trials[default].fault:
+            return
+        for _, fault in self._problem.compiled([default]):
+            found = fault or self._problem.measure([default], 1)[default]
+            if isinstance(found, Sample):
+                ratio = found.seconds / trials[default].seconds
+                scaled = {config: replace(trial, seconds=trial.seconds * ratio) for config, trial in trials.items()}
+                self.record = replace(self.record, trials=scaled)
 
     def trying(self, configs: Iterable[Config]) -> None:
         """Compile and measure those that were not yet; nothing is measured while something compiles on a CPU."""

@@ -116,6 +116,17 @@ def test_an_interrupted_search_goes_on_where_it_stopped(seed: int, stop: int) ->
         assert problem_time(seed, found) == problem_time(seed, whole)
 
 
+def test_readings_of_a_cooler_machine_are_scaled_to_what_it_does_now() -> None:
+    cool = fake(4)
+    first = run(cool, "quick")
+    warm = fake(4, record=replace(first, effort=""))
+    warm.times = {config: 1.5 * seconds for config, seconds in warm.times.items()}
+    found = run(warm, "standard")
+    for config, trial in found.trials.items():
+        assert trial.seconds == pytest.approx(1.5 * cool.times[config])
+    assert cool.times[found.config] == pytest.approx(min(cool.times[config] for config in found.trials), rel=0.006)
+
+
 def problem_time(seed: int, found: Record) -> float:
     return fake(seed).times[found.config]
 
