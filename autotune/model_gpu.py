@@ -37,7 +37,8 @@ def terms(
     a chain of products, softmax and waiting. So a tile takes the larger of what is shared and of the chain over the
     programs that share, joined smoothly, as such overlap is never perfect.
     """
-    work, launches = _split(work, config.option("splits", 1))
+    call = work
+    work, launches = _split(call, config.option("splits", 1))
     share = max(occupancy(config, target, resources), 1)
     share = min(share, max(-(-work.programs // target.cores), 1))
     total, parts, chain = 0.0, dict.fromkeys(("products", "softmax", "loads", "latency"), 0.0), 0.0
@@ -59,7 +60,7 @@ def terms(
     launch = _joined((throughput, found["longest program"], found["memory"]), _JOIN)
     return {
         **found, "launch": launches * values["launch"],
-        "total": launch * math.exp(_adjustment(work, config, values)) + launches * values["launch"],
+        "total": launch * math.exp(_adjustment(call, config, values)) + launches * values["launch"],
     }  # fmt: skip
 
 
@@ -149,15 +150,15 @@ def _adjustment(work: Work, config: Config, values: Mapping[str, float]) -> floa
 
 
 def features(work: Work, config: Config) -> dict[str, float]:
-    """Choices as numbers around 0."""
-    rows, keys = math.log2(config.block_m / 128), math.log2(config.block_n / 64)
+    """Choices as numbers around 0, within what was measured."""
+    rows, keys = (min(max(math.log2(size), -1.0), 1.0) for size in (config.block_m / 128, config.block_n / 64))
     stages = config.option("stages", 2)
     short = 1 / (1 + work.tiles * config.block_n / 64 / max(work.programs, 1) / _SHORT_PROGRAM)
     masked = work.masked / max(work.tiles, 1)
     # a warp multiplies 16 rows: with fewer, warps split the keys, with more, it holds several products at once
     height = math.log2(config.block_m / config.option("warps", 4) / 16)
     return {
-        "tall_warps": max(height, 0.0), "split_warps": max(-height, 0.0),
+        "tall_warps": min(max(height, 0.0), 1.0), "split_warps": min(max(-height, 0.0), 1.0),
         "rows": rows, "keys": keys, "warps": math.log2(config.option("warps", 4) / 8), "one_stage": float(stages == 1),
         "stages": float(max(stages - 2, 0)), "capped": float(config.option("registers") > 0),
         "masked_stages": float(0 < config.option("masked_stages") < stages), "short_keys": short * keys,
