@@ -4,8 +4,8 @@
     2. neighbours of the best, one axis changed, as often as the effort allows
     3. the best few and the default again, in turns: the winner must beat the default by more than the noise
 
-Every reading is kept, so an interrupted search goes on where it stopped; earlier readings are scaled to what the default
-takes now.
+Every reading is kept, so an interrupted search goes on where it stopped; earlier readings are scaled to what the
+default takes now.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ class _Search:
         }  # fmt: skip
         if default not in found:
             return self.record
-        self._note(found)
         usual = found[default]
+        # a machine gets warm while it measures in turns: kept are times beside the default's, as all readings are
+        ratio = self.record.trials[default].seconds / usual.seconds
+        self._note({config: replace(sample, seconds=sample.seconds * ratio) for config, sample in found.items()})
         winner = min(found, key=lambda config: found[config].seconds)
         gain = usual.seconds / found[winner].seconds
         if gain - 1 < _LEAST_GAIN + found[winner].noise + usual.noise:

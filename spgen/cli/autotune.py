@@ -38,6 +38,7 @@ def autotune(
     density: Annotated[float, typer.Option(help="Share of blocks, columns … drawn for the pattern's slots.")] = 0.1,
     devices: Annotated[str, typer.Option(help="GPUs side by side: 0,1 or all.")] = "0",
     records: Annotated[Path | None, typer.Option(help="The file to keep results in.")] = None,
+    export: Annotated[Path | None, typer.Option(help="Only write all known records of the target to a file.")] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Only take over the records of this file.")] = None,
     offline: Annotated[
         bool, typer.Option("--offline", help="Compile for a target that is not here, and rank by the cost model.")
@@ -63,6 +64,9 @@ def autotune(
     target = Target.of(call.target)
     if report:
         _report(target, records, plot)
+        return
+    if export:
+        _export(target, export)
         return
     path = records or _own_file(target)
     known = _records(path, target)
@@ -97,6 +101,18 @@ def _records(path: Path, target: Target) -> Records:
     from spgen.tuned import device_of
 
     return Records.load(path) if path.exists() else Records(device_of(target))
+
+
+def _export(target: Target, path: Path) -> None:
+    """What calls would find: the user's records and the shipped ones, the better of two of the same call."""
+    from spgen.autotune.records import Records
+    from spgen.tuned import device_of, records_of
+
+    all_of_them = Records(device_of(target))
+    for records in records_of(target):
+        all_of_them.merge(records)
+    all_of_them.save(path)
+    print(f"{len(all_of_them)} records of {target.name} written to {path}")
 
 
 def _merge(known: Records, path: Path, others: Sequence[Path]) -> None:
@@ -208,13 +224,14 @@ def _show(found: Sequence[Record], path: Path) -> None:
     from rich.table import Table
 
     table = Table()
-    for name in ("call", "configuration", "time", "default", "gain", "tried", "effort"):
+    for name in ("call", "configuration", "time", "noise", "default", "gain", "tried", "effort"):
         table.add_column(name, justify="left" if name in ("call", "configuration") else "right")
     for record in found:
-        seconds = record.trials[record.config].seconds
+        best = record.trials[record.config]
+        time, default = (f"{seconds * 1e3:.3f} ms" for seconds in (best.seconds, best.seconds * record.gain))
         table.add_row(
-            record.name, str(record.config), f"{seconds * 1e3:.3f} ms", f"{seconds * record.gain * 1e3:.3f} ms",
-            f"{record.gain:.3f}", str(len(record.trials)), record.effort,
+            record.name, str(record.config), time, f"{best.noise:.1%}", default, f"{record.gain:.3f}",
+            str(len(record.trials)), record.effort,
         )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from spgen import cli
+from spgen import tuned as tuned_module
 from spgen.autotune.records import Bucket, Key, Record, Records, Trial
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case, load, named
 from spgen.ir.config import Config
+from spgen.settings import override
 from spgen.target import Target
 from spgen.tuned import device_of, toolchain
 from spgen.tuning import session as sessions
@@ -150,6 +152,24 @@ def test_merges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert run("--records", str(own), "--merge", str(other), monkeypatch=monkeypatch) == 0
     assert "2 of 2 records taken" in capsys.readouterr().out
     assert {one.effort for one in Records.load(own)} == {"thorough", "standard"}
+
+
+def test_exports_what_calls_would_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = load("cpu-encoder")
+    keep(tmp_path / "mine.json", record(cases[0]))
+    keep(tmp_path / "more.json", record(cases[0], "quick"), record(cases[1], bucket=Bucket(2, 2, 2)))
+    tuned_module.forget()
+    with override(records=tmp_path):
+        assert run("--export", str(tmp_path / "out" / "all.json"), monkeypatch=monkeypatch) == 0
+    tuned_module.forget()
+    found = Records.load(tmp_path / "out" / "all.json")
+    assert {one.name for one in found} >= {cases[0].name, cases[1].name}
+    assert (
+        next(one for one in found if one.name == cases[0].name and one.bucket == Bucket(1, 1, 1)).effort == "standard"
+    )
+    assert f"{len(found)} records" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
