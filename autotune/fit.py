@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from spgen.autotune.coefficients import SHARES, SPREAD, guesses
+from spgen.autotune.experience import Experience
 from spgen.autotune.model import estimated, terms_of
 from spgen.autotune.records import Record
 from spgen.autotune.work import Resources, Work
@@ -48,6 +49,7 @@ class _Trial:
 class _Case:
     """The trials of one record, and how much each counts."""
 
+    record: Record
     name: str
     trials: Sequence[_Trial]
 
@@ -134,14 +136,18 @@ def fit(records: Iterable[Record], target: Target, taken: Taken | None = None) -
 
 
 def evaluate(
-    records: Iterable[Record], target: Target, values: Mapping[str, float] | Fit, taken: Taken | None = None
-) -> Report:
-    """How well coefficients rank the trials of each record; those of a Fit are taken without the record's own."""
+    records: Iterable[Record], target: Target, values: Mapping[str, float] | Fit, taken: Taken | None = None,
+    experience: Experience | None = None,
+) -> Report:  # fmt: skip
+    """How well coefficients rank the trials of each record; those of a Fit are taken without the record's own.
+
+    With `experience` the other records correct the order.
+    """
     cases = _cases(records, target, taken)
     if isinstance(values, Fit):
-        return _report(cases, target, lambda case: values.without.get(case.name, values.values))
+        return _report(cases, target, lambda case: values.without.get(case.name, values.values), experience)
     known = {**guesses(target), **values}
-    return _report(cases, target, lambda _: known)
+    return _report(cases, target, lambda _: known, experience)
 
 
 def _cases(records: Iterable[Record], target: Target, taken: Taken | None) -> list[_Case]:
@@ -157,7 +163,7 @@ def _cases(records: Iterable[Record], target: Target, taken: Taken | None) -> li
             resources = taken(record, config) if taken else record.trials[config].resources
             trials.append(_Trial(work, config, resources or estimated(work, config, target), seconds))
         if len(trials) >= _LEAST_TRIALS:
-            found.append(_Case(f"{record.name or record.key.structure} #{number}", trials))
+            found.append(_Case(record, f"{record.name or record.key.structure} #{number}", trials))
     return found
 
 
@@ -302,12 +308,16 @@ def _solved(rows: list[Vector]) -> Vector:
 
 
 def _report(
-    cases: Sequence[_Case], target: Target, values_of: Callable[[_Case], Mapping[str, float]]
+    cases: Sequence[_Case], target: Target, values_of: Callable[[_Case], Mapping[str, float]],
+    experience: Experience | None = None,
 ) -> Report:  # fmt: skip
     scores = []
     for case in cases:
         values = values_of(case)
         points = [(_seconds(trial, target, values), trial.seconds) for trial in case.trials]
+        if experience is not None:
+            raised = [math.exp(experience.correction(case.record, trial.config)) for trial in case.trials]
+            points = [(seconds * up, measured) for (seconds, measured), up in zip(points, raised, strict=True)]
         best = min(measured for _, measured in points)
         order = [measured for _, measured in sorted(points)]
         regret = {k: min(order[:k]) / best for k in (1, 3, 5)}

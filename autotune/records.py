@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
@@ -199,14 +199,13 @@ class Records:
         text = f'{head[:-1]}, "records": [\n{lines}\n]}}\n'
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
             try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(text)
-                Path(temporary).replace(path)
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(path)
             except BaseException:
                 with suppress(OSError):
-                    Path(temporary).unlink()
+                    temporary.unlink()
                 raise
         except OSError as fault:
             raise RecordError(

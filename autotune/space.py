@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from spgen.autotune.work import Work, fits, padded, threads_of
 from spgen.ir.config import Config
 from spgen.target import Target
 
 UNSET = -1
 _TILES = ("block_m", "block_n")
-_REGISTER_FILE = 64 * 1024  # 32-bit registers of a multiprocessor
 _MOST_REGISTERS = 255  # of a thread
+_OTHERS = 24  # registers beside accumulators and scores
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,16 @@ class Space:
         return self.default.having(block_m=values["block_m"], block_n=values["block_n"], **options)
 
 
-def space_of(kernel: Kernel, target: Target, default: Config) -> Space:
-    """The space of attention kernels on a target; `default` is in it whatever the rules say."""
+def space_of(kernel: Kernel, target: Target, default: Config, work: Callable[[Config], Work]) -> Space:
+    """The space of attention kernels on a target; `default` is in it whatever the rules say.
+
+    `work` counts what a configuration makes of the call.
+    """
     axes = _cpu_axes(kernel, target) if target.kind == "cpu" else _gpu_axes(kernel, target)
-    legal = _cpu_rule(kernel, target) if target.kind == "cpu" else _gpu_rule(kernel, target)
-    return Space(default, {name: _with(values, default, name) for name, values in axes.items()}, legal)
+    axes = {name: _with(values, default, name) for name, values in axes.items()}
+    if target.kind == "cpu":
+        return Space(default, axes, lambda config: fits(config, work(config), target) is None)
+    return Space(default, axes, _gpu_rule(kernel, target, work))
 
 
 def _with(values: tuple[int, ...], default: Config, name: str) -> tuple[int, ...]:
@@ -98,27 +104,22 @@ def _gpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _gpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
-    size = 4 if kernel.dtype == "float32" else 2
-    lanes = _padded(kernel.head_dim), _padded(kernel.value_dim)
+def _gpu_rule(kernel: Kernel, target: Target, work: Callable[[Config], Work]) -> Callable[[Config], bool]:
+    value_lanes = padded(kernel.value_dim)
 
     def is_legal(config: Config) -> bool:
-        warps, stages = config.option("warps", 4), config.option("stages", 2)
-        threads = 32 * warps if target.kind == "cuda" else 64 * warps
-        if config.option("masked_stages", UNSET) >= stages:
-            return False
-        tiles = stages * config.block_n * sum(lanes) * size
-        if target.smem_bytes and tiles + config.block_m * lanes[0] * size > target.smem_bytes:
+        warps, threads = config.option("warps", 4), threads_of(config, target)
+        if config.option("masked_stages", UNSET) >= config.option("stages", 2):
             return False
         # a warp multiplies 16 rows; those of a short call share them and divide the keys
         if config.block_m * warps < 64 or (config.block_m < 16 * warps // 2 and not _is_short(kernel)):
             return False
-        held = config.block_m * (lanes[1] + config.block_n) // threads  # accumulators and scores of a thread
+        held = config.block_m * (value_lanes + config.block_n) // threads + _OTHERS  # accumulators, scores, the rest
         cap = config.option("registers", UNSET)
-        if held > _MOST_REGISTERS - 24:
-            return False
         # a cap is for programs that share a multiprocessor, and no use below what a thread must hold
-        return cap == UNSET or (held + 24 <= cap and 2 * cap * threads <= _REGISTER_FILE)
+        if held > _MOST_REGISTERS or (cap != UNSET and (held > cap or 2 * cap * threads > target.registers)):
+            return False
+        return fits(config, work(config), target) is None
 
     return is_legal
 
@@ -136,18 +137,3 @@ def _cpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
         "key_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
         "value_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
     }
-
-
-def _cpu_rule(kernel: Kernel, target: Target) -> Callable[[Config], bool]:
-    def is_legal(config: Config) -> bool:
-        vectors = config.block_m // target.simd
-        rows = [config.option(name, UNSET) for name in ("key_rows", "value_rows")]
-        # accumulators, the vectors of queries and a broadcast operand share the register file
-        return all(one == UNSET or one * vectors + vectors + 1 <= target.registers for one in rows)
-
-    return is_legal
-
-
-def _padded(size: int) -> int:
-    """Channels as the templates hold them: a power of two, at least 16."""
-    return max(16, 1 << (size - 1).bit_length())

@@ -39,7 +39,8 @@ class Target:
     registers of a core (32-bit registers a multiprocessor), `smem_bytes` the shared memory one block may use,
     `smem_total` that of a multiprocessor, which holds at most `max_programs` and `max_warps`; `l2_bytes` is the cache
     the work shares. `model` are the cost model's coefficients that were fitted on this target, `dense` the FLOP/s of
-    its dense attention by dtype and head size (`"bfloat16 128"`).
+    its dense attention by dtype and head size (`"bfloat16 128"`), `break_even` the share of causal blocks at
+    which lists of them were measured to take as long.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Target:
     # what predicts, and nothing that a kernel depends on
     model: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
     dense: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
+    break_even: tuple[tuple[str, float], ...] = field(default=(), compare=False, repr=False)
 
     @staticmethod
     def of(device: object) -> Target:
@@ -256,6 +258,7 @@ def _described(index: int) -> Target:
         peaks=_pairs(listed.get("peaks")),
         model=_pairs(listed.get("model")),
         dense=_pairs(listed.get("dense")),
+        break_even=_pairs(listed.get("break_even")),
     )
 
 
@@ -286,6 +289,7 @@ def _described_by(given: Mapping[str, Any]) -> Target:
         peaks=_pairs(given.get("peaks")),
         model=_pairs(given.get("model")),
         dense=_pairs(given.get("dense")),
+        break_even=_pairs(given.get("break_even")),
     )
 
 

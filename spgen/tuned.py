@@ -196,7 +196,7 @@ def user_records() -> Path:
 def records_of(target: Target) -> list[Records]:
     """All known records of a target, the user's first; those of its architecture if there are none of its name."""
     device = device_of(target)
-    known = [records for _, records in _all_records(user_records())]
+    known = [records for _, records in _all_records(user_records())] if settings().records else []
     same = [records for records in known if _is_same(records.device, device)]
     return same or [records for records in known if _is_like(records.device, device)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from spgen.bench.result import OURS, Entry, Result, Row, read
 
 Cells = Sequence[str]
 
+_DENSE = ("cudnn", "flash", "sdpa")  # contenders that compute every causal pair
 _BUSY = 0.7  # of the load of the last minute: others were at work, too
 _MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NONE = "–"
@@ -124,10 +126,29 @@ def facts(result: Result) -> list[str]:
         first, warm = result.start["first_call_s"], result.start["warm_cache_s"]
         kept = f"{first:.2f} s, {warm:.2f} s if the kernel is in the cache"
         lines.append(f"first call in a fresh process, beyond torch's import: {kept}")
-    lines += _left_out(result)
+    lines += [*_break_evens(result), *_left_out(result)]
     if result.settings["load"] is not None and machine["kind"] == "cpu" and result.settings["load"] > _BUSY:
         lines.append(f"the machine was busy: its load was {result.settings['load']} before the run")
     return lines + (["quick: small sizes and few repeats, no figures to quote"] if result.settings["quick"] else [])
+
+
+def _break_evens(result: Result) -> list[str]:
+    """At which sparsity lists of blocks take as long as dense attention, between the sparsities that were measured."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for row in result.rows:
+        dense = [entry.ms for name, entry in row.entries.items() if name in _DENSE and entry.ms is not None]
+        own = row.entries.get("spgen")
+        if row.sparsity is not None and dense and own is not None and own.ms is not None:
+            call = f"{row.work['length'] // 1024}K {row.work['dtype']}"
+            found.setdefault(call, []).append((row.sparsity, own.ms, min(dense)))
+    lines = []
+    for call, rows in found.items():
+        rows.sort()
+        for (low, slower, limit), (high, faster, _) in itertools.pairwise(rows):
+            if faster <= limit < slower:
+                share = low + (high - low) * (slower - limit) / (slower - faster)
+                lines.append(f"as fast as dense attention at {share:.0%} of the blocks left out ({call})")
+    return lines
 
 
 def _works(result: Result) -> list[str]:

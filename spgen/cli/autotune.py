@@ -279,9 +279,9 @@ def _report(target: Target, records: Path | None, plot: Path | None) -> None:
     """The cost model against what was measured."""
     from spgen.tuning.fit import break_evens, plot_of, reported
 
-    found = reported(target, records)
-    print(found)
-    print(break_evens(target, records))
+    alone, corrected = reported(target, records)
+    print(f"the cost model alone:\n{alone}\n\ncorrected by the trials of other calls:\n{corrected}\n")
+    print(break_evens(target))
     if plot is not None:
-        plot_of(found, plot)
+        plot_of(alone, plot)
         print(plot)

@@ -23,7 +23,7 @@ _TABLES = ("cpu", "gpu")
 _GPU = {
     "name": ("text", True), "arch": ("text", True), "multiprocessors": ("count", True), "bandwidth": ("number", True),
     "l2_bytes": ("count", False), "peaks": ("numbers", True), "limits": ("numbers", False),
-    "model": ("numbers", False), "dense": ("numbers", False),
+    "model": ("numbers", False), "dense": ("numbers", False), "break_even": ("numbers", False),
 }  # fmt: skip
 _CPU = {
     "name": ("text", True), "kind": ("text", True), "isa": ("text", True), "triple": ("text", False),

@@ -13,6 +13,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from spgen.autotune.experience import Experience
 from spgen.autotune.fit import Fit, Report, evaluate, fit
 from spgen.autotune.model import break_even
 from spgen.autotune.records import Record, Records
@@ -25,8 +26,10 @@ from spgen.tuned import records_of
 _COLOURS = 20  # of matplotlib's tab20
 
 
-def reported(target: Target, path: Path | None = None) -> Report:
+def reported(target: Target, path: Path | None = None) -> tuple[Report, Report]:
     """How well the target's coefficients rank the trials of a file, by default of all known records of the target.
+
+    The second report is that of the order in which a tuning tries: other calls' trials correct it.
 
     Raises RecordError where there is none.
     """
@@ -36,25 +39,24 @@ def reported(target: Target, path: Path | None = None) -> Report:
         raise RecordError(
             "records", given=f"none of {target.name}", allowed="records with trials", remedy="run spgen autotune first"
         )
-    return evaluate(records, target, {name: value for name, value in target.model if name != "spread"})
+    values = {name: value for name, value in target.model if name != "spread"}
+    corrected = evaluate(records, target, values, experience=Experience(records, target))
+    return evaluate(records, target, values), corrected
 
 
-def break_evens(target: Target, path: Path | None = None) -> str:
-    """From which share of the pairs dense attention is faster: predicted, and as the fastest causal records say."""
-    found = [Records.load(path)] if path else records_of(target)
+def break_evens(target: Target) -> str:
+    """From which share of the causal blocks dense attention is the faster one: predicted, and as it was measured."""
     lines = []
-    for dtype, head_dim in dict.fromkeys(name.split() for name, _ in target.dense):
-        rate = dict(target.dense)[f"{dtype} {head_dim}"]
+    for name, _ in target.dense:
+        dtype, head_dim = name.split()
         call = Call(dtype, int(head_dim), int(head_dim))
         config = default_config(Request("causal()", call, 32, 8, False, target))
-        text = f"break-even with dense attention, {dtype}, {head_dim} channels: predicted at "
-        text += f"{break_even(target, dtype, int(head_dim), config):.0%} of the pairs"
-        own = [
-            record.facts["flops"] / record.trials[record.config].seconds for one in found for record in one
-            if record.key.structure == "before" and (record.key.dtype, record.key.head_dim) == (dtype, int(head_dim))
-            and record.effort and record.bucket.width == record.bucket.keys
-        ]  # fmt: skip
-        lines.append(text + (f", measured at {min(max(own) / rate, 1):.0%}" if own else ", nothing measured"))
+        predicted = break_even(target, dtype, int(head_dim), config)
+        measured = dict(target.break_even).get(name)
+        seen = "not measured" if measured is None else f"measured at {measured:.0%}"
+        lines.append(
+            f"break-even with dense attention, {dtype}, {head_dim} channels: predicted at {predicted:.0%}, {seen}"
+        )
     return "\n".join(lines)
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from spgen.autotune.experience import Experience
 from spgen.autotune.model import Prediction
 from spgen.autotune.search import EFFORTS, favourites
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case
 from spgen.ir.config import Config
 from spgen.target import Target
+from spgen.tuned import records_of
 from spgen.tuning.compilers import Compilers
 from spgen.tuning.subject import Subject
 
@@ -34,7 +36,8 @@ def rank(
 
     The prediction of what compiled is made from the registers, shared memory and spills of the binary itself.
     """
-    subject = Subject(case, target, torch.device("cpu"))
+    known = Experience((record for one in records_of(target) for record in one), target)
+    subject = Subject(case, target, torch.device("cpu"), experience=known)
     chosen = favourites(subject.default, subject.by_prediction(subject.space), EFFORTS[effort].favourites)
     requests = {replace(subject.request, config=config): config for config in chosen}
     found = []

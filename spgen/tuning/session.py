@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spgen.autotune.experience import Experience
 from spgen.autotune.measure import Sample, Timer, on_cpu, on_gpu, samples
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import tune
@@ -23,6 +24,7 @@ from spgen.ir.config import Config
 from spgen.ir.kernel import parts
 from spgen.ir.tiles import table_ops
 from spgen.target import Target
+from spgen.tuned import records_of
 from spgen.tuning.compilers import Compilers, first_line
 from spgen.tuning.subject import Subject
 
@@ -46,8 +48,11 @@ class Place:
 class Tuned:
     """One case as the search's Problem. Making it draws the tensors of the call on the device."""
 
-    def __init__(self, case: Case, place: Place, compilers: Compilers, known: Record | None = None) -> None:
-        self.subject = Subject(case, place.target, place.device, values=True)
+    def __init__(
+        self, case: Case, place: Place, compilers: Compilers, known: Record | None = None,
+        experience: Experience | None = None,
+    ) -> None:  # fmt: skip
+        self.subject = Subject(case, place.target, place.device, values=True, experience=experience)
         self.default = self.subject.default
         self._place, self._compilers, self._known = place, compilers, known
         self._taken: dict[Config, Resources] = {}
@@ -179,7 +184,7 @@ class Session:
     def _result(self, case: Case, place: Place, compilers: Compilers) -> Record | str:
         known = next((record for record in self.records if record.case == asdict(case)), None)
         try:
-            problem = Tuned(case, place, compilers, known)
+            problem = Tuned(case, place, compilers, known, self._experience(place.target))
             found = tune(problem, self.effort, self._save, partial(self.said, case))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -187,6 +192,11 @@ class Session:
         except SpgenError as fault:
             return str(fault)
         return found if found.effort else f"the default does not run: {found.trials[found.default].fault}"
+
+    def _experience(self, target: Target) -> Experience:
+        with self._lock:
+            own = list(self.records)
+        return Experience([*own, *(record for one in records_of(target) for record in one)], target)
 
     def _save(self, record: Record) -> None:
         with self._lock:

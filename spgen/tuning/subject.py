@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spgen.arguments import Arguments
+from spgen.autotune.experience import Experience
 from spgen.autotune.model import Prediction, Work, predict
 from spgen.autotune.records import Record
 from spgen.autotune.space import Kernel, Space, space_of
@@ -38,12 +40,16 @@ class Subject:
     Raises WorkloadError for a pattern that cannot be read, naming the case.
     """
 
-    def __init__(self, case: Case, target: Target, device: torch.device, *, values: bool = False) -> None:
+    def __init__(
+        self, case: Case, target: Target, device: torch.device, *, values: bool = False,
+        experience: Experience | None = None,
+    ) -> None:  # fmt: skip
         self.case, self.target = case, target
         self.call = _arguments(case, device, values)
         with override(records=False):
             self.request = request_of(self.call, target=target)
         self.default = default_of(self.request, sizes_of(self.call))
+        self._experience = experience
         self._programs: dict[tuple[int, int], tuple[Lowered, list[Tensor], Work]] = {}
 
     @cached_property
@@ -61,7 +67,7 @@ class Subject:
         listed = any(not op["contiguous"] or parts(kernel, "table") for op in parts(kernel, "segment"))
         group = case.q_heads // case.kv_heads if self.request.packed else 1
         shape = Kernel(case.dtype, case.head_dim, case.value_dim, group, case.q_len, listed)
-        return space_of(shape, self.target, self.default)
+        return space_of(shape, self.target, self.default, self.work)
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:
@@ -84,8 +90,15 @@ class Subject:
         return predict(self.work(config), config, self.target, resources)
 
     def by_prediction(self, configs: Iterable[Config]) -> list[Config]:
-        """Best predicted first."""
-        return sorted(configs, key=lambda config: self.predicted(config).seconds)
+        """Best first, by the model and by what trials of other calls say."""
+
+        def order(config: Config) -> float:
+            seconds = self.predicted(config).seconds
+            if self._experience is not None:
+                seconds *= math.exp(self._experience.correction(self.empty_record, config))
+            return seconds
+
+        return sorted(configs, key=order)
 
     def lowered(self, config: Config) -> tuple[Lowered, list[Tensor]]:
         """The levels for a size of tiles, and the plan's tables."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -14,7 +14,7 @@ from spgen.autotune.measure import Sample
 from spgen.autotune.records import Bucket, Key, Record, Trial
 from spgen.autotune.search import EFFORTS, tune
 from spgen.autotune.space import UNSET, Kernel, Space, space_of
-from spgen.autotune.work import Resources
+from spgen.autotune.work import Resources, Work, fits
 from spgen.ir.config import Config
 from spgen.target import Target
 
@@ -151,21 +151,25 @@ KERNELS = st.builds(
 )  # fmt: skip
 
 
-@given(KERNELS, st.sampled_from(["sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "cpu"]))
-def test_spaces_hold_the_default_once_and_nothing_that_cannot_fit(kernel: Kernel, name: str) -> None:
+def work_of(kernel: Kernel, full: int) -> Callable[[Config], Work]:
+    return lambda config: Work(
+        kernel.dtype, kernel.head_dim, kernel.value_dim, 8, full * 64 // config.block_n, 8, 0, 9, 1e9, 1e7
+    )  # fmt: skip
+
+
+@given(KERNELS, st.sampled_from([0, 100]), st.sampled_from(["sm_80", "sm_86", "sm_90", "sm_100", "gfx942", "cpu"]))
+def test_spaces_hold_the_default_once_and_nothing_that_cannot_fit(kernel: Kernel, full: int, name: str) -> None:
     target = Target.of(name)
     default = Config(64, 64) if target.kind == "cpu" else Config(64, 64, ("warps=4", "stages=2", "prefetch=1"))
-    space = space_of(kernel, target, default)
+    work = work_of(kernel, full)
+    space = space_of(kernel, target, default, work)
     every = list(space)
     assert every[0] == default
     assert len(set(every)) == len(every)
     for config in every[1:]:
         assert space.is_legal(config)
         assert config.block_m >= kernel.group
-        if target.kind != "cpu":
-            size = 4 if kernel.dtype == "float32" else 2
-            tiles = config.option("stages") * config.block_n * (kernel.head_dim + kernel.value_dim) * size
-            assert tiles <= target.smem_bytes
+        assert fits(config, work(config), target) is None
     for other in space.neighbours(default):
         own = {*str(default).split()} ^ {*str(other).split()}
         assert 0 < len(own) <= 2

@@ -295,6 +295,18 @@ def test_tables_show_what_was_measured() -> None:
     assert list(bare.head) == ["pattern", "density", "spgen"]  # columns that say nothing are left out
 
 
+def test_the_break_even_lies_between_two_sparsities() -> None:
+    work = {"batch": 1, "heads": 2, "kv_heads": 1, "length": 2048, "head_dim": 16, "dtype": "bfloat16"}
+    times = {0.0: 12.0, 0.5: 8.0, 0.9: 2.0}
+    dense = {"cudnn": Entry(ms=10.0), "flash": Entry(ms=11.0)}
+    rows = [
+        Row("a", "lists", "", work, {"spgen": Entry(ms=ms), **dense}, sparsity=share) for share, ms in times.items()
+    ]
+    made = Result("attention", {"kind": "cuda"}, {}, {}, rows)
+    assert report._break_evens(made) == ["as fast as dense attention at 25% of the blocks left out (2K bfloat16)"]
+    assert report._break_evens(replace(made, rows=rows[1:])) == []  # it is faster at all of them
+
+
 def test_facts_tell_who_was_left_out() -> None:
     left = {"flex": "failed: boom"}
     facts = report.facts(made(replace(row("a", 1.0), skipped=left), row("b", 1.0)))

@@ -28,6 +28,11 @@ CPU = Target.of("cpu")
 DEFAULT, OTHER = Config(64, 64), Config(64, 32)
 
 
+@pytest.fixture(autouse=True)
+def _home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+
+
 def run(*arguments: str, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(sys, "argv", ["spgen", "autotune", *arguments])
     monkeypatch.setenv("COLUMNS", "200")
