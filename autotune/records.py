@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from spgen.autotune.measure import Sample
 from spgen.autotune.work import Resources
@@ -57,6 +57,9 @@ class Bucket:
             a, b = getattr(self, name), getattr(other, name)
             total += weight * (abs(math.log2(a / b)) if a and b else float(a != b))
         return total
+
+
+Identity: TypeAlias = "tuple[Key, Bucket, str]"
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,9 @@ class Record:
     case: Mapping[str, Any] = field(default_factory=dict)  # the workload's case, as it was given
 
     @property
-    def identity(self) -> tuple[Key, Bucket]:
+    def identity(self) -> Identity:
         """Of two records of the same call one is kept."""
-        return self.key, self.bucket
+        return self.key, self.bucket, self.name
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -148,7 +151,7 @@ class Records:
     """The records of one device."""
 
     device: Device
-    found: dict[tuple[Key, Bucket], Record] = field(default_factory=dict)
+    found: dict[Identity, Record] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Record]:
         return iter(self.found.values())

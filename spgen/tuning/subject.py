@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -33,6 +34,8 @@ from spgen.tables import Builder
 from spgen.target import Target
 from spgen.tuned import bucket_of, default_of, key_of, toolchain
 
+_SETTINGS = threading.Lock()  # settings are the process's; devices are tuned by threads
+
 
 class Subject:
     """A case on a target. Its pattern's data lie on `device`; q, k and v have shapes alone unless `values` are asked.
@@ -46,7 +49,7 @@ class Subject:
     ) -> None:  # fmt: skip
         self.case, self.target = case, target
         self.call = _arguments(case, device, values)
-        with override(records=False):
+        with _SETTINGS, override(records=False):
             self.request = request_of(self.call, target=target)
         self.default = default_of(self.request, sizes_of(self.call))
         self._experience = experience

@@ -17,6 +17,7 @@ from spgen.autotune.search import Effort
 from spgen.autotune.workloads import Case
 from spgen.errors import SpgenError, WorkloadError
 from spgen.ir.config import Config
+from spgen.settings import settings
 from spgen.target import Target
 from spgen.tuned import device_of
 from spgen.tuning import subject as module
@@ -70,6 +71,17 @@ def test_a_session_finishes_saves_and_does_not_measure_again(tmp_path: Path, mon
     monkeypatch.setattr(Tuned, "measure", measure)
     session(path, CASE)[0].run()
     assert measured == [1, 2]  # the default, to compare with before, and the finalists
+
+
+def test_several_devices_share_the_cases(tmp_path: Path) -> None:
+    before = settings()
+    cases = [replace(CASE, name=str(n), q_len=100 * (n + 1), kv_len=100 * (n + 1)) for n in range(3)]
+    one, found = session(tmp_path / "mine.json", *cases)
+    one.places = [HERE, HERE]
+    one.run()
+    assert {result.name for result in found if isinstance(result, Record)} == {"0", "1", "2"}
+    assert {record.name for record in Records.load(tmp_path / "mine.json")} == {"0", "1", "2"}
+    assert settings() is before  # threads leave the settings as they were
 
 
 def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
