@@ -63,6 +63,7 @@ class Attention:
         self.dense = dense
         self._text = repr(pattern)
         self._data = list(pattern.data)
+        self._shapes = tuple([tensor.shape for tensor in self._data])
 
     def __repr__(self) -> str:
         return f"attention({self._text})"
@@ -144,7 +145,8 @@ class Attention:
         """What a plan is made for."""
         sequences = None if cu_seqlens_q is None else len(cu_seqlens_q) - 1
         return PlanKey(
-            self._text, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None, kv_lengths is None
+            self._text, self._shapes, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None,
+            kv_lengths is None,
         )  # fmt: skip
 
     def _check_data(self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None) -> None:

@@ -78,7 +78,8 @@ def attention(
     key = (
         pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
         offset.dtype if isinstance(offset, Tensor) else offset is None, kv_lengths is None or kv_lengths.dtype,
-        None if plan else tuple([(t.shape, t.stride(), t.dtype, t.device) for t in data]),
+        # the data of a plan are not read, but their shapes choose the tiles
+        tuple([t.shape if plan else (t.shape, t.stride(), t.dtype, t.device) for t in data]),
         None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap), dense and not plan,
     )  # fmt: skip
     ready = _ready.get(key)

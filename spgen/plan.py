@@ -20,7 +20,7 @@ from spgen.ir.tiles import table_ops
 from spgen.ops import request_of
 
 FORMAT = "spgen plan"
-VERSION = 1  # of the file; the meaning of tables is part of `tiles`
+VERSION = 2  # of the file; the meaning of tables is part of `tiles`
 _FIELDS = {"format", "version", "key", "tiles", "checksum", "tables"}
 _UNREADABLE = (
     RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError
@@ -31,6 +31,7 @@ class PlanKey(NamedTuple):
     """What a plan was made for; a call must ask for the same."""
 
     pattern: str
+    data: tuple[torch.Size, ...]  # shapes of the pattern's tensors, by which tiles are chosen
     q: torch.Size
     k: torch.Size
     sequences: int | None  # of a packed batch
@@ -42,8 +43,8 @@ class PlanKey(NamedTuple):
 
 
 _NAMES = (
-    "pattern", "shape of q", "shape of k", "packed sequences", "dtype", "device", "q_offset", "no q_offset tensor",
-    "no kv_lengths",
+    "pattern", "shapes of the pattern's tensors", "shape of q", "shape of k", "packed sequences", "dtype", "device",
+    "q_offset", "no q_offset tensor", "no kv_lengths",
 )  # fmt: skip
 
 
@@ -146,12 +147,15 @@ def refuse(plan: Plan, wanted: PlanKey) -> None:
 
 def tiles_of(key: PlanKey) -> str:
     """A digest of the tables' definitions, which follow from the pattern and the tiles of a device's kernels."""
-    q, k = (torch.empty_strided(shape, (0,) * len(shape), dtype=key.dtype, device=key.device) for shape in key[1:3])
+    q, k = (
+        torch.empty_strided(shape, (0,) * len(shape), dtype=key.dtype, device=key.device) for shape in (key.q, key.k)
+    )
+    data = [torch.empty_strided(shape, (0,) * len(shape), dtype=torch.int32) for shape in key.data]
     number = torch.zeros(1, dtype=torch.int32)
     offset = key.q_offset if key.no_q_offsets else number
     boundaries = None if key.sequences is None else number.expand(key.sequences + 1)
     arguments = Arguments(
-        q, k, k, (), key.pattern, boundaries, boundaries, offset, None if key.no_kv_lengths else number
+        q, k, k, data, key.pattern, boundaries, boundaries, offset, None if key.no_kv_lengths else number
     )
     program = lowered(request_of(arguments)).program
     return hashlib.sha256("".join(map(str, table_ops(program))).encode()).hexdigest()
@@ -187,7 +191,8 @@ def _broken(path: str | os.PathLike[str], given: str) -> PlanError:
 
 def _plain(key: PlanKey) -> dict[str, Any]:
     return {
-        **key._asdict(), "q": list(key.q), "k": list(key.k), "dtype": _name(key.dtype), "device": str(key.device)
+        **key._asdict(), "data": [list(shape) for shape in key.data], "q": list(key.q), "k": list(key.k),
+        "dtype": _name(key.dtype), "device": str(key.device),
     }  # fmt: skip
 
 
@@ -195,8 +200,8 @@ def _key(plain: Any, path: str | os.PathLike[str]) -> PlanKey:
     try:
         key = PlanKey(**plain)
         return key._replace(
-            q=torch.Size(plain["q"]), k=torch.Size(plain["k"]), dtype=getattr(torch, plain["dtype"]),
-            device=torch.device(plain["device"]),
+            data=tuple(map(torch.Size, plain["data"])), q=torch.Size(plain["q"]), k=torch.Size(plain["k"]),
+            dtype=getattr(torch, plain["dtype"]), device=torch.device(plain["device"]),
         )  # fmt: skip
     except _UNREADABLE as fault:
         raise _broken(path, "a plan that does not say what it is for") from fault
