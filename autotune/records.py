@@ -10,7 +10,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
 from pathlib import Path
@@ -125,6 +125,8 @@ class Record:
     @staticmethod
     def from_json(plain: Mapping[str, Any]) -> Record:
         """The record of `to_json`'s values."""
+        if plain["effort"] not in ("", *EFFORTS):
+            raise ValueError(f"effort {plain['effort']!r}")
         trials = {Config.read(text): Trial.from_json(found) for text, found in plain["trials"].items()}
         return Record(**{
             **plain, "key": Key(**plain["key"]), "bucket": Bucket(**plain["bucket"]), "trials": trials,
@@ -216,11 +218,16 @@ class Records:
                 remedy="choose another with --records or SPGEN_RECORDS",
             ) from fault  # fmt: skip
 
-    def nearest(self, key: Key, bucket: Bucket, toolchain: str) -> tuple[Record | None, int]:
-        """The finished record with the nearest sizes, and how many were passed over: other compilers made them."""
+    def nearest(
+        self, key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Config], bool] = lambda config: True
+    ) -> tuple[Record | None, int]:  # fmt: skip
+        """The finished record with the nearest sizes, and how many were passed over: other compilers made them.
+
+        Records whose configuration does not suit the call are none of its kind.
+        """
         stale, best, least = 0, None, _FARTHEST
         for record in self:
-            if record.key != key or not record.effort:
+            if record.key != key or not record.effort or not suits(record.config):
                 continue
             distance = record.bucket.distance(bucket)
             if distance > least:

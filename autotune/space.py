@@ -25,7 +25,7 @@ class Kernel:
     """What a space depends on, beside the target: types and sizes of a call, and what its segments are made of.
 
     `group` query heads share a row tile (1: none do); `rows` are those of a sequence; `listed`: columns come from
-    tables; `masked`: some tiles are masked by more than lengths.
+    tables.
     """
 
     dtype: str

@@ -6,7 +6,7 @@ shapes decide, so nothing is read from a device, and calls of the same shapes al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -107,14 +107,25 @@ def choice(request: Request, sizes: Sizes) -> Choice:
     wanted = key_of(request)
     # sizes are looked at only where they matter: under torch.compile they may be symbols, which would become numbers
     known = _candidates(request.target, wanted)
-    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target)) if known else Choice()
+    if not known:
+        return Choice()
+    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target), _suits(request))
 
 
-def _nearest(known: Sequence[tuple[Path, Records]], key: Key, bucket: Bucket, toolchain: str) -> Choice:
+def _suits(request: Request) -> Callable[[Config], bool]:
+    """Whether a configuration serves the call: keys say neither how large a group is nor how float32 is multiplied."""
+    group = request.q_heads // request.kv_heads if request.packed else 1
+    products = default_config(request).option("tf32x3")
+    return lambda config: config.block_m >= group and config.option("tf32x3") == products
+
+
+def _nearest(
+    known: Sequence[tuple[Path, Records]], key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Config], bool]
+) -> Choice:
     """Of files that are as good the first one's: the user's come before the shipped."""
     best, stale = Choice(), 0
     for path, records in known:
-        record, passed = records.nearest(key, bucket, toolchain)
+        record, passed = records.nearest(key, bucket, toolchain, suits)
         stale += passed
         if record is None:
             continue
@@ -197,7 +208,7 @@ def records_of(target: Target) -> list[Records]:
     """All known records of a target, the user's first; those of its architecture if there are none of its name."""
     device = device_of(target)
     known = [records for _, records in _all_records(user_records())] if settings().records else []
-    same = [records for records in known if _is_same(records.device, device)]
+    same = [records for records in known if is_same(records.device, device)]
     return same or [records for records in known if _is_like(records.device, device)]
 
 
@@ -205,14 +216,14 @@ def _candidates(target: Target, key: Key) -> tuple[tuple[Path, Records], ...]:
     """Files with records of the kind: those of this device, else those of its architecture; the user's first."""
     device = device_of(target)
     known = [one for one in _all_records(user_records()) if any(record.key == key for record in one[1])]
-    for agrees in (_is_same, _is_like):
+    for agrees in (is_same, _is_like):
         found = tuple((path, records) for path, records in known if agrees(records.device, device))
         if found:
             return found
     return ()
 
 
-def _is_same(one: Device, other: Device) -> bool:
+def is_same(one: Device, other: Device) -> bool:
     """Names may carry the maker's before them, as NVIDIA H200."""
     ends = one.name.endswith(other.name) or other.name.endswith(one.name)
     return one.kind == other.kind and one.arch == other.arch and ends
@@ -238,5 +249,8 @@ def _all_records(directory: Path) -> tuple[tuple[Path, Records], ...]:
 
 
 def forget() -> None:
-    """Read the record files again at the next call; kernels that are already chosen stay."""
+    """Read the record files again at the next call; kernels that are already chosen stay.
+
+    Tuning does not do so: a plan that was made before would have other tiles than calls that are prepared after it.
+    """
     _all_records.cache_clear()

@@ -102,6 +102,14 @@ def test_a_file_that_holds_none_is_named(text: str, message: str, tmp_path: Path
         Records.load(tmp_path / "none.json")
 
 
+def test_a_record_of_an_unknown_effort_is_named(tmp_path: Path) -> None:
+    found = Records(H200)
+    found.add(record(Bucket(1, 1, 1), effort="heroic"))
+    found.save(tmp_path / "bad.json")
+    with pytest.raises(RecordError, match="effort 'heroic'"):
+        Records.load(tmp_path / "bad.json")
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match=r"(?s)file/one\.json: got .*remedy: choose another with --records"):

@@ -16,7 +16,8 @@ from spgen.arguments import Arguments
 from spgen.autotune import workloads
 from spgen.autotune.records import Bucket, Device, Record, Records
 from spgen.autotune.workloads import named
-from spgen.compile import Request, compile_count, default_config
+from spgen.compile import Request, compile_count, default_config, lowered
+from spgen.errors import PlanError
 from spgen.ir.config import Config
 from spgen.ops import request_of, sizes_of
 from spgen.passes.schedule import Call
@@ -88,6 +89,64 @@ def test_plans_and_calls_agree(directory: Path) -> None:
     wanted = reference.attention(q, k, v, pattern.mask(300, 300, q_heads=4)).float()
     for plan in (None, attend.plan(q, k)):
         torch.testing.assert_close(attend(q, k, v, plan=plan), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_plans_for_longer_lists_have_their_own_tiles(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def blocks(width: int) -> sp.Pattern:
+        listed = torch.stack([torch.randperm(16)[:width] for _ in range(16)])
+        return sp.causal() & sp.block(32, indices=listed.to(torch.int32)[None, None])
+
+    q, k, v = (torch.randn(1, 4, 512, 32) for _ in range(3))
+    short, long = blocks(1), blocks(8)
+    assert repr(short) == repr(long)
+    calls = [Arguments(q, k, v, one.data, repr(one)) for one in (short, long)]
+    default = default_config(request_of(calls[0]))
+    configs = [replace(default, block_m=CPU.simd), other(request_of(calls[1]))]
+    saved = tmp_path_factory.mktemp("plans") / "long.plan"
+    sp.attention(long).plan(q, k).save(saved)
+    keep(directory, *(record_for(request_of(c), sizes_of(c), x) for c, x in zip(calls, configs, strict=True)))
+    assert [request_of(call).config for call in calls] == configs
+    for pattern in (short, long):
+        attend = sp.attention(pattern)
+        wanted = reference.attention(q, k, v, pattern.mask(512, 512, q_heads=4)).float()
+        torch.testing.assert_close(attend(q, k, v, plan=attend.plan(q, k)), wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(PlanError, match="shapes of the pattern's tensors"):
+        sp.attention(long)(q, k, v, plan=sp.attention(short).plan(q, k))
+    with pytest.raises(PlanError, match="tables for other tiles"):  # from before there were records
+        sp.Plan.load(saved)
+
+
+def test_compiled_graphs_of_changing_lengths_use_records(directory: Path) -> None:
+    attend = sp.attention(sp.causal() & sp.columns(torch.arange(0, 250, 7)))
+    call = arguments(300, repr(attend.pattern), *attend.pattern.data)
+    keep(directory, record_for(request_of(call), sizes_of(call), other(request_of(call))))
+    compiled = torch.compile(lambda q: attend(q, q, q, plan=attend.plan(q, q)), backend="aot_eager", dynamic=True)
+    for rows in (300, 290, 511):
+        q = torch.randn(1, 4, rows, 32)
+        wanted = reference.attention(q, q, q, attend.pattern.mask(rows, rows, q_heads=4)).float()
+        torch.testing.assert_close(compiled(q), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_record_whose_tiles_are_lower_than_the_group_is_not_used(directory: Path) -> None:
+    target, call, sizes = Target.of("sm_90"), Call("bfloat16", 128, 128), Sizes(1, 1, 4096)
+    few = request_for("causal()", call, 32, 8, target, sizes)
+    low = Config(16, 64, ("warps=4", "stages=2"))
+    keep(directory, record_for(few, sizes, low), device=tuned.device_of(target))
+    assert request_for("causal()", call, 32, 8, target, sizes).config == low
+    many = request_for("causal()", call, 32, 1, target, sizes)
+    assert many.packed
+    assert lowered(many).kernel["block_m"] >= 32
+    assert choice(many, sizes).record is None
+
+
+def test_a_record_does_not_change_how_float32_is_multiplied(directory: Path) -> None:
+    target, call, sizes = Target.of("sm_90"), Call("float32", 64, 64), Sizes(1, 4096, 4096)
+    request = request_for("causal()", call, 8, 8, target, sizes)
+    exact = Config(64, 32, ("warps=4", "stages=2", "tf32x3=1"))
+    keep(directory, record_for(request, sizes, exact), device=tuned.device_of(target))
+    assert request_for("causal()", call, 8, 8, target, sizes).config == exact
+    with override(float32="ieee"):
+        assert request_for("causal()", call, 8, 8, target, sizes).config is None
 
 
 def test_a_new_length_in_the_same_bucket_compiles_nothing(directory: Path) -> None:
