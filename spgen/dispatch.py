@@ -68,7 +68,8 @@ def verdict(arguments: Arguments, request: Request, return_lse: bool) -> Verdict
         return Verdict(False, "only the data know how dense the pattern is")
     causal = shape == "causal"
     density = found * (2 * keys - found) / keys**2 if causal else found / keys
-    limit = _limit(request.target, request.call.dtype, request.call.head_dim, request.config or default_config(request))
+    call = request.call
+    limit = _limit(request.target, call.dtype, call.head_dim, call.value_dim, request.config or default_config(request))
     share = f"{density:.0%} of the pairs of {'causal' if causal else 'dense'} attention, break-even at {limit:.0%}"
     return Verdict(density >= limit, share, causal, density, limit)
 
@@ -105,8 +106,8 @@ def _dense_form(terms: Op, rows: int, keys: int) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def _limit(target: Target, dtype: str, head_dim: int, config: Config) -> float:
-    return break_even(target, dtype, head_dim, config)
+def _limit(target: Target, dtype: str, head_dim: int, value_dim: int, config: Config) -> float:
+    return break_even(target, dtype, head_dim, config, value_dim=value_dim)
 
 
 def dense_call(found: Verdict, pattern: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

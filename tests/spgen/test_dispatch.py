@@ -118,6 +118,31 @@ def test_the_call_runs_dense_is_logged_and_compiles(caplog: pytest.LogCaptureFix
     torch.testing.assert_close(sp.attention(pattern, scale=0.3)(q, k, v), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("break_even")
+def test_compiled_graphs_of_changing_lengths_decide_call_by_call() -> None:
+    pattern = sp.causal() & sp.columns(torch.arange(96))
+    attend = sp.attention(pattern, dense="auto")
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows, dense in ((128, True), (100, True), (500, False)):
+        q, k, v = tensors(rows)
+        mask = (sp.causal() if dense else pattern).mask(rows, rows, q_heads=4)
+        torch.testing.assert_close(compiled(q, k, v), reference.attention(q, k, v, mask).float(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("break_even")
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        sp.per_head([sp.causal(), sp.causal() & sp.window(16)]) & blocks(4),
+        blocks(4) & sp.where(lambda i, j: (i + j) % 3 == 0),
+        sp.causal() & sp.block(32, indices=torch.zeros(1, 4, 4, 0, dtype=torch.int32)),
+    ],
+)
+def test_what_heads_predicates_and_empty_lists_say_stays_sparse(pattern: Pattern) -> None:
+    call = arguments(pattern)
+    assert not verdict(call, request_of(call), False).dense
+
+
 def test_other_words_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r'(?s)dense: got .*always.*"never" or "auto"'):
         sp.attention(sp.causal(), dense="always")
