@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spgen.cli.options import CallOptions, with_groups
-from spgen.errors import DeviceError, WorkloadError
+from spgen.errors import DeviceError, RecordError, ShapeError, WorkloadError
 
 if TYPE_CHECKING:
     from spgen.autotune.records import Record, Records
@@ -97,10 +97,24 @@ def _own_file(target: Target) -> Path:
 
 
 def _records(path: Path, target: Target) -> Records:
+    """Those of the file, or none yet. Raises RecordError for a file of another device."""
     from spgen.autotune.records import Records
-    from spgen.tuned import device_of
+    from spgen.tuned import device_of, is_same
 
-    return Records.load(path) if path.exists() else Records(device_of(target))
+    device = device_of(target)
+    if not path.exists():
+        return Records(device)
+    found = Records.load(path)
+    if not is_same(found.device, device):
+        raise _another_device(path, found, Records(device))
+    return found
+
+
+def _another_device(path: Path, theirs: Records, known: Records) -> RecordError:
+    return RecordError(
+        str(path), given=f"records of {theirs.device.name} ({theirs.device.arch})",
+        allowed=f"records of {known.device.name} ({known.device.arch})", remedy="say which with --target",
+    )  # fmt: skip
 
 
 def _export(target: Target, path: Path) -> None:
@@ -117,15 +131,12 @@ def _export(target: Target, path: Path) -> None:
 
 def _merge(known: Records, path: Path, others: Sequence[Path]) -> None:
     from spgen.autotune.records import Records
-    from spgen.errors import RecordError
+    from spgen.tuned import is_same
 
     for other in others:
         theirs = Records.load(other)
-        if theirs.device != known.device:
-            raise RecordError(
-                str(other), given=f"records of {theirs.device.name} ({theirs.device.arch})",
-                allowed=f"records of {known.device.name} ({known.device.arch})", remedy="say which with --target",
-            )  # fmt: skip
+        if not is_same(theirs.device, known.device):
+            raise _another_device(other, theirs, known)
         print(f"{known.merge(theirs)} of {len(theirs)} records taken from {other}")
     known.save(path)
 
@@ -134,6 +145,9 @@ def _case(pattern: str, call: CallOptions, density: float) -> Case:
     from spgen.autotune.workloads import Case
 
     batch, heads, rows, channels = call.q_shape
+    if not rows or not call.kv_len:
+        given = f"{rows} rows and {call.kv_len} keys"
+        raise ShapeError("autotune", given=given, allowed="calls with rows and keys", remedy="say --q and --kv-length")
     return Case(
         pattern, pattern, heads, rows, channels, batch, call.kv_heads, call.kv_len, call.v_dim, call.dtype, density
     )
@@ -203,8 +217,7 @@ def _places(target: Target, devices: str) -> list[Place]:
             raise DeviceError("target", given=target.name, allowed="this machine's CPU", remedy="say --offline")
         return [Place(target, torch.device("cpu"))]
     count = torch.cuda.device_count()
-    wanted = range(count) if devices == "all" else [int(one) for one in devices.split(",") if one.strip().isdecimal()]
-    places = [Place(Target.of(f"cuda:{n}"), torch.device("cuda", n)) for n in wanted if n < count]
+    places = [Place(Target.of(f"cuda:{n}"), torch.device("cuda", n)) for n in _numbers(devices, count)]
     fitting = [
         place for place in places if place.target.arch == target.arch and place.target.name.endswith(target.name)
     ]
@@ -215,6 +228,17 @@ def _places(target: Target, devices: str) -> list[Place]:
             remedy="say --offline to compile and rank for a device that is elsewhere",
         )  # fmt: skip
     return fitting
+
+
+def _numbers(devices: str, count: int) -> list[int]:
+    """The GPUs that --devices names; none where there are none at all."""
+    if devices == "all":
+        return list(range(count))
+    numbers = [int(one) if one.strip().isdecimal() else -1 for one in devices.split(",")]
+    if min(numbers) < 0 or max(numbers) >= count > 0:
+        there = f"0 to {count - 1}" if count else "0, 1 and so on"
+        raise DeviceError("--devices", given=repr(devices), allowed=f"all, or numbers between commas: {there}")
+    return list(dict.fromkeys(numbers)) if count else []
 
 
 def _show(found: Sequence[Record], path: Path) -> None:

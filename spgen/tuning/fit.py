@@ -18,7 +18,7 @@ from spgen.autotune.fit import Fit, Report, evaluate, fit
 from spgen.autotune.model import break_even
 from spgen.autotune.records import Record, Records
 from spgen.compile import Request, default_config
-from spgen.errors import RecordError, ToolchainError
+from spgen.errors import RecordError, ToolchainError, UnsupportedError
 from spgen.passes.schedule import Call
 from spgen.target import Target
 from spgen.tuned import records_of
@@ -33,7 +33,7 @@ def reported(target: Target, path: Path | None = None) -> tuple[Report, Report]:
 
     Raises RecordError where there is none.
     """
-    found = [Records.load(path)] if path else records_of(target)
+    found = [_load(path, target)] if path else records_of(target)
     records = [record for one in found for record in one if record.facts and record.trials]
     if not records:
         raise RecordError(
@@ -67,10 +67,7 @@ def fitted(paths: Sequence[Path], target: Target) -> tuple[Fit, Report, Report]:
     """
     records: list[Record] = []
     for path in paths:
-        found = Records.load(path)
-        if found.device.kind != target.kind:
-            raise RecordError(str(path), given=f"records of a {found.device.kind} device", allowed=target.kind)
-        records += [record for record in found if record.facts]
+        records += [record for record in _load(path, target) if record.facts]
     try:
         chosen = fit(records, target)
     except ValueError as fault:
@@ -79,6 +76,16 @@ def fitted(paths: Sequence[Path], target: Target) -> tuple[Fit, Report, Report]:
     known = dict(target.model)
     known.pop("spread", None)
     return chosen, evaluate(records, target, chosen), evaluate(records, target, known)
+
+
+def _load(path: Path, target: Target) -> Records:
+    found = Records.load(path)
+    if found.device.kind != target.kind:
+        raise RecordError(
+            str(path), given=f"records of a {found.device.kind} device", allowed=f"those of a {target.kind} device",
+            remedy="say whose with --target",
+        )  # fmt: skip
+    return found
 
 
 def write(path: Path, chosen: Fit) -> None:
@@ -90,7 +97,10 @@ def write(path: Path, chosen: Fit) -> None:
 
 
 def plot_of(report: Report, path: Path) -> None:
-    """Predicted against measured seconds, both logarithmic, a colour for each call. Needs the extra `show`."""
+    """Predicted against measured seconds, both logarithmic, a colour for each call. Needs the extra `show`.
+
+    Raises UnsupportedError for a name that ends in no picture's format, and for a place that cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -106,7 +116,10 @@ def plot_of(report: Report, path: Path) -> None:
     axes.set_title(f"top 5 within 5 %: {report.near:.0%} of the calls; times within x {report.spread:.2f}")
     if len(report.scores) <= _COLOURS:
         axes.legend(fontsize=6)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except (ValueError, OSError) as fault:
+        raise UnsupportedError("plot", given=f"{path}: {fault}", allowed="a file .png, .svg or .pdf") from fault
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

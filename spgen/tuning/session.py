@@ -159,8 +159,10 @@ class Session:
             if len(self.places) == 1:
                 self._work(self.places[0], compilers)
                 return
+            broken: list[BaseException] = []
             threads = [
-                threading.Thread(target=self._work, args=(place, compilers), daemon=True) for place in self.places
+                threading.Thread(target=self._work_or_stop, args=(place, compilers, broken), daemon=True)
+                for place in self.places
             ]
             for thread in threads:
                 thread.start()
@@ -169,6 +171,16 @@ class Session:
                     thread.join()
             finally:
                 self._stopped.set()
+            if broken:
+                raise broken[0]
+
+    def _work_or_stop(self, place: Place, compilers: Compilers, broken: list[BaseException]) -> None:
+        """A fault that no case accounts for ends the session, as it does on a single place."""
+        try:
+            self._work(place, compilers)
+        except BaseException as fault:
+            broken.append(fault)
+            self._stopped.set()
 
     def _work(self, place: Place, compilers: Compilers) -> None:
         while not self._stopped.is_set():
@@ -182,7 +194,8 @@ class Session:
             self.finished(case, result)
 
     def _result(self, case: Case, place: Place, compilers: Compilers) -> Record | str:
-        known = next((record for record in self.records if record.case == asdict(case)), None)
+        with self._lock:  # others add to the records meanwhile
+            known = next((record for record in self.records if record.case == asdict(case)), None)
         try:
             problem = Tuned(case, place, compilers, known, self._experience(place.target))
             found = tune(problem, self.effort, self._save, partial(self.said, case))
@@ -201,4 +214,7 @@ class Session:
     def _save(self, record: Record) -> None:
         with self._lock:
             self.records.add(record)
+            if self.path.exists():  # another process may be tuning other calls into the same file
+                others = [one for one in Records.load(self.path) if one.identity not in self.records.found]
+                self.records.merge(others)
             self.records.save(self.path)

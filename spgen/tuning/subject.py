@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spgen.arguments import Arguments
+from spgen.arguments import DTYPES, Arguments, check
 from spgen.autotune.experience import Experience
 from spgen.autotune.model import Prediction, Work, predict
 from spgen.autotune.records import Record
@@ -29,18 +28,17 @@ from spgen.ops import request_of, sizes_of
 from spgen.patterns import pattern
 from spgen.samples import Sizes, random_data
 from spgen.sequences import Sequences
-from spgen.settings import override
 from spgen.tables import Builder
 from spgen.target import Target
 from spgen.tuned import bucket_of, default_of, key_of, toolchain
 
-_SETTINGS = threading.Lock()  # settings are the process's; devices are tuned by threads
+_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Subject:
     """A case on a target. Its pattern's data lie on `device`; q, k and v have shapes alone unless `values` are asked.
 
-    Raises WorkloadError for a pattern that cannot be read, naming the case.
+    Raises WorkloadError for a pattern that cannot be read and for a call that cannot be made, naming the case.
     """
 
     def __init__(
@@ -49,8 +47,7 @@ class Subject:
     ) -> None:  # fmt: skip
         self.case, self.target = case, target
         self.call = _arguments(case, device, values)
-        with _SETTINGS, override(records=False):
-            self.request = request_of(self.call, target=target)
+        self.request = replace(request_of(self.call, target=target), config=None)  # whatever records say
         self.default = default_of(self.request, sizes_of(self.call))
         self._experience = experience
         self._programs: dict[tuple[int, int], tuple[Lowered, list[Tensor], Work]] = {}
@@ -153,8 +150,10 @@ def _arguments(case: Case, device: torch.device, values: bool) -> Arguments:
         raise WorkloadError(
             f"workload {case.name}", given=str(fault).replace("\n", "\n  "), allowed="patterns as Python writes them"
         ) from fault
+    if case.dtype not in _DTYPES:
+        raise WorkloadError(f"workload {case.name}: dtype", given=repr(case.dtype), allowed=", ".join(_DTYPES))
     generator = torch.Generator(device).manual_seed(0)
-    dtype = getattr(torch, case.dtype)
+    dtype = _DTYPES[case.dtype]
 
     def tensor(heads: int, rows: int, channels: int) -> Tensor:
         shape = (case.batch, heads, rows, channels)
@@ -165,4 +164,11 @@ def _arguments(case: Case, device: torch.device, values: bool) -> Arguments:
     q = tensor(case.q_heads, case.q_len, case.head_dim)
     k = tensor(case.kv_heads, case.kv_len, case.head_dim)
     v = tensor(case.kv_heads, case.kv_len, case.value_dim)
-    return Arguments(q, k, v, data, text)
+    call = Arguments(q, k, v, data, text)
+    try:
+        check(call)
+    except SpgenError as fault:
+        raise WorkloadError(
+            f"workload {case.name}", given=str(fault).replace("\n", "\n  "), allowed="calls that attention accepts"
+        ) from fault
+    return call

@@ -15,7 +15,7 @@ import pytest
 
 from spgen import cli
 from spgen import tuned as tuned_module
-from spgen.autotune.records import Bucket, Key, Record, Records, Trial
+from spgen.autotune.records import SHIPPED, Bucket, Key, Record, Records, Trial
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case, load, named
 from spgen.ir.config import Config
@@ -189,6 +189,14 @@ def test_exports_what_calls_would_find(
         (("causal()", "--records", "/proc/none/mine.json"), "/proc/none/mine.json"),
         (("causal()", "--records", "DAMAGED"), "a file that `spgen autotune` wrote"),
         (("--report", "--target", "riscv64"), "run spgen autotune first"),
+        (("--report", "--target", "cpu", "--records", "OTHERS"), "records of a cuda device"),
+        (("causal()", "--records", "OTHERS"), "records of NVIDIA H200"),
+        (("--merge", "OTHERS", "--records", "RECORDS"), "records of NVIDIA H200"),
+        (("causal()", "--target", "h200", "--devices", "0,x", "--records", "RECORDS"), "--devices: got '0,x'"),
+        (("causal()", "--q", "1x8x64x16", "--kv-length", "0"), "64 rows and 0 keys"),
+        (("causal()", "--q", "1x8x64x16", "--dtype", "float64", "--records", "RECORDS"), "dtype: got 'float64'"),
+        (("causal()", "--q", "1x8x64x16", "--kv-heads", "3", "--records", "RECORDS"), "3"),
+        (("causal()", "--q", "1x8x64x16", "--dtype", "int8", "--offline"), "dtype: got 'int8'"),
     ],
 )
 def test_bad_input_is_named(
@@ -197,7 +205,8 @@ def test_bad_input_is_named(
 ) -> None:  # fmt: skip
     damaged = tmp_path / "damaged.json"
     damaged.write_text("{")
-    places = {"RECORDS": str(tmp_path / "mine.json"), "DAMAGED": str(damaged)}
+    others = str(SHIPPED / "nvidia-h200-sm-90.json")
+    places = {"RECORDS": str(tmp_path / "mine.json"), "DAMAGED": str(damaged), "OTHERS": others}
     code = run(*(places.get(text, text) for text in arguments), monkeypatch=monkeypatch)
     assert code in (1, 2)
     assert message in " ".join(capsys.readouterr().err.split())

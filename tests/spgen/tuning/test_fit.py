@@ -12,7 +12,7 @@ from spgen.autotune.coefficients import coefficients_of, guesses
 from spgen.autotune.fit import evaluate
 from spgen.autotune.model import Work, estimated, terms_of
 from spgen.autotune.records import Bucket, Device, Key, Record, Records, Trial
-from spgen.errors import RecordError
+from spgen.errors import RecordError, UnsupportedError
 from spgen.ir.config import Config
 from spgen.target import Target
 from spgen.tuning.fit import fitted, main, plot_of, write
@@ -64,6 +64,9 @@ def test_plot(tmp_path: Path) -> None:
     found = Records.load(records(tmp_path / "found.json"))
     plot_of(evaluate(found, H200, {}), tmp_path / "model.png")
     assert (tmp_path / "model.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("model.foo", "none/model.png"):
+        with pytest.raises(UnsupportedError, match=f"plot: got .*{name}"):
+            plot_of(evaluate(found, H200, {}), tmp_path / name)
 
 
 def test_records_without_trials_are_refused(tmp_path: Path) -> None:
@@ -72,5 +75,5 @@ def test_records_without_trials_are_refused(tmp_path: Path) -> None:
 
 
 def test_records_of_another_kind_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecordError, match=r"(?s)records of a cpu device.*allowed: cuda"):
+    with pytest.raises(RecordError, match=r"(?s)records of a cpu device.*allowed: those of a cuda"):
         fitted([records(tmp_path / "cpu.json", kind="cpu")], H200)

@@ -20,6 +20,7 @@ from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
 from spgen.tuned import device_of
+from spgen.tuning import session as sessions
 from spgen.tuning import subject as module
 from spgen.tuning.compilers import Compilers
 from spgen.tuning.session import Place, Session, Tuned
@@ -82,6 +83,26 @@ def test_several_devices_share_the_cases(tmp_path: Path) -> None:
     assert {result.name for result in found if isinstance(result, Record)} == {"0", "1", "2"}
     assert {record.name for record in Records.load(tmp_path / "mine.json")} == {"0", "1", "2"}
     assert settings() is before  # threads leave the settings as they were
+
+
+def test_sessions_of_other_processes_keep_their_records(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    one, _ = session(path, CASE)
+    session(path, replace(CASE, name="other"))[0].run()
+    one.run()
+    assert {record.name for record in Records.load(path)} == {"small", "other"}
+
+
+def test_a_fault_on_one_of_several_devices_ends_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(sessions, "tune", broken)
+    one, found = session(tmp_path / "mine.json", CASE, CASE)
+    one.places = [HERE, HERE]
+    with pytest.raises(RuntimeError, match="the driver is gone"):
+        one.run()
+    assert not found
 
 
 def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
