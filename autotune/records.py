@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -90,6 +91,26 @@ class Trial:
         return Trial(seconds / 1e6, noise, "", Resources(*map(int, taken)) if taken else None)
 
 
+class _Trials(Mapping[Config, Trial]):
+    """Trials as a file holds them, read when they are asked for: a call needs the winner alone."""
+
+    def __init__(self, plain: Mapping[str, Any]) -> None:
+        self._plain = dict(plain)
+
+    @cached_property
+    def _read(self) -> dict[Config, Trial]:
+        return {Config.read(text): Trial.from_json(found) for text, found in self._plain.items()}
+
+    def __getitem__(self, config: Config) -> Trial:
+        return self._read[config]
+
+    def __iter__(self) -> Iterator[Config]:
+        return iter(self._read)
+
+    def __len__(self) -> int:
+        return len(self._plain)
+
+
 @dataclass(frozen=True)
 class Record:
     """One tuned call. `effort` is empty until the tuning is finished; `facts` is what the cost model was told."""
@@ -127,9 +148,9 @@ class Record:
         """The record of `to_json`'s values."""
         if plain["effort"] not in ("", *EFFORTS):
             raise ValueError(f"effort {plain['effort']!r}")
-        trials = {Config.read(text): Trial.from_json(found) for text, found in plain["trials"].items()}
         return Record(**{
-            **plain, "key": Key(**plain["key"]), "bucket": Bucket(**plain["bucket"]), "trials": trials,
+            **plain, "key": Key(**plain["key"]), "bucket": Bucket(**plain["bucket"]),
+            "trials": _Trials(plain["trials"]),
             "default": Config.read(plain["default"]), "config": Config.read(plain["config"]),
         })  # fmt: skip
 
@@ -195,6 +216,16 @@ class Records:
                 remedy="delete it, or restore a copy",
             ) from fault  # fmt: skip
         return records
+
+    @staticmethod
+    def device_in(path: Path) -> Device:
+        """Whose records a file holds, by its first line if it is as `save` writes it. Raises RecordError as `load`."""
+        try:
+            with path.open(encoding="utf-8") as file:
+                plain = json.loads(file.readline().rstrip() + "]}")
+            return Device(**plain["device"])
+        except (OSError, KeyError, TypeError, ValueError):
+            return Records.load(path).device
 
     def save(self, path: Path) -> None:
         """Write the file in one step. Raises RecordError where that is not possible."""

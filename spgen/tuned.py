@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from spgen.compile import Request, default_config, is_packed, level_1
 from spgen.ir.config import Config
@@ -23,6 +23,8 @@ from spgen.target import Target
 
 if TYPE_CHECKING:
     from spgen.autotune.records import Bucket, Device, Key, Record, Records
+
+T = TypeVar("T")
 
 _MOST_POWERS = 48
 _MOST_SPLITS = 64
@@ -206,18 +208,20 @@ def user_records() -> Path:
 
 def records_of(target: Target) -> list[Records]:
     """All known records of a target, the user's first; those of its architecture if there are none of its name."""
-    device = device_of(target)
-    known = [records for _, records in _all_records(user_records())] if settings().records else []
-    same = [records for records in known if is_same(records.device, device)]
-    return same or [records for records in known if _is_like(records.device, device)]
+    return [records for _, records in _known(target, lambda records: True)] if settings().records else []
 
 
 def _candidates(target: Target, key: Key) -> tuple[tuple[Path, Records], ...]:
-    """Files with records of the kind: those of this device, else those of its architecture; the user's first."""
-    device = device_of(target)
-    known = [one for one in _all_records(user_records()) if any(record.key == key for record in one[1])]
+    """Files with records of the kind."""
+    return _known(target, lambda records: any(record.key == key for record in records))
+
+
+def _known(target: Target, wanted: Callable[[Records], bool]) -> tuple[tuple[Path, Records], ...]:
+    """Files of this device, else those of its architecture, as far as they are wanted; the user's first."""
+    device, heads = device_of(target), _devices(user_records())
     for agrees in (is_same, _is_like):
-        found = tuple((path, records) for path, records in known if agrees(records.device, device))
+        loaded = ((path, _loaded(path)) for path, theirs in heads if agrees(theirs, device))
+        found = tuple((path, records) for path, records in loaded if records is not None and wanted(records))
         if found:
             return found
     return ()
@@ -234,18 +238,30 @@ def _is_like(one: Device, other: Device) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _all_records(directory: Path) -> tuple[tuple[Path, Records], ...]:
-    """All record files; one that cannot be read is left out with a warning."""
+def _devices(directory: Path) -> tuple[tuple[Path, Device], ...]:
+    """The record files of a directory and the shipped ones, and whose they are; what cannot be read is left out."""
     from spgen.autotune.records import SHIPPED, Records, files
+
+    found = ((path, _read(Records.device_in, path)) for path in files([directory, SHIPPED]))
+    return tuple((path, device) for path, device in found if device is not None)
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path) -> Records | None:
+    """A file's records, None with a warning where it cannot be read."""
+    from spgen.autotune.records import Records
+
+    return _read(Records.load, path)
+
+
+def _read(reader: Callable[[Path], T], path: Path) -> T | None:
     from spgen.errors import RecordError
 
-    found = []
-    for path in files([directory, SHIPPED]):
-        try:
-            found.append((path, Records.load(path)))
-        except RecordError as fault:  # noqa: PERF203
-            logger().warning("%s", fault)
-    return tuple(found)
+    try:
+        return reader(path)
+    except RecordError as fault:
+        logger().warning("%s", fault)
+        return None
 
 
 def forget() -> None:
@@ -253,4 +269,5 @@ def forget() -> None:
 
     Tuning does not do so: a plan that was made before would have other tiles than calls that are prepared after it.
     """
-    _all_records.cache_clear()
+    _devices.cache_clear()
+    _loaded.cache_clear()

@@ -110,6 +110,19 @@ def test_a_record_of_an_unknown_effort_is_named(tmp_path: Path) -> None:
         Records.load(tmp_path / "bad.json")
 
 
+def test_whose_records_they_are_is_in_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    written = Records(H200)
+    written.add(record(Bucket(1, 1, 1)))
+    written.save(path)
+    assert Records.device_in(path) == H200
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # as an editor might leave it
+    assert Records.device_in(path) == H200
+    path.write_text("{")
+    with pytest.raises(RecordError, match="a file that `spgen autotune` wrote"):
+        Records.device_in(path)
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RecordError, match=r"(?s)file/one\.json: got .*remedy: choose another with --records"):
