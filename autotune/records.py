@@ -15,12 +15,15 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from spgen.autotune.measure import Sample
 from spgen.autotune.work import Resources
 from spgen.errors import RecordError, SpgenError
 from spgen.ir.config import Config
+
+if TYPE_CHECKING:
+    from spgen.autotune.measure import Sample
+
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "records"
