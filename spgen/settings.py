@@ -6,7 +6,7 @@
 | `SPGEN_BACKEND` | `auto`, `tvm` or `triton` | `auto`: by the tensors' device |
 | `SPGEN_NO_COMPILE` | `1` forbids compiling: a kernel that is not in the cache is an error | `0` |
 | `SPGEN_FLOAT32` | float32 on GPUs: `tf32x3` (three tensor-core products, float32's accuracy) or `ieee` | `tf32x3` |
-| `SPGEN_RECORDS` | where the user's tuning records are; `off`: none, not even the shipped | in the cache |
+| `SPGEN_RECORDS` | where the user's tuning records are; `off`: none, not even the shipped | `~/.cache/spgen/records` |
 | `SPGEN_LOG` | `debug`, `info`, `warning`, `error` or `off` | `warning` |
 
 Of variables that belong to others, `XDG_CACHE_HOME`, `CC` and `TRITON_INTERPRET` are honoured.
