@@ -146,8 +146,9 @@ def _extent(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
 def _touch(op: Op, sizes: Sizes, known: Mapping[str, Shape]) -> Shape:
     heads = {"one": 1, "kv": sizes.kv_heads, "q": sizes.q_heads}[op["heads"]]
     predicate = op["predicate"]
-    # the row of the call, `r`, is the position less the offset
-    names = free_variables(predicate) | {"kv_len", "q_offset"}
+    names = free_variables(predicate) | {"kv_len"}
+    if names & {"i", "r"}:  # groups of positions begin where the offset says
+        names |= {"q_offset"}
     batch = _batch(names, tables(predicate), sizes, known)
     if sizes.packed:
         return 1, heads, sizes.q_len // op["rows"] + 2 * sizes.batch + 1, -(-sizes.units(op) // _BITS)

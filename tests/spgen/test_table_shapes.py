@@ -46,6 +46,13 @@ def test_a_fixed_offset_is_the_same_for_sequences_of_any_length() -> None:
     assert_shapes(pattern, Lengths(8, 16, 3, 1, 2, q_offset=0, kv_lengths=torch.tensor([0, 9]), block_m=2, block_n=16))
 
 
+def test_a_cover_of_columns_is_the_same_for_all_offsets() -> None:
+    offsets = torch.tensor([0, 3])
+    for pattern in (sp.cover(sp.stripe(1), 1, 1), sp.cover(sp.stripe(2), 2, 2), sp.cover(sp.window(3), 2, 2)):
+        call = Lengths(8, 16, 3, 1, 2, q_offset=offsets, block_m=2, block_n=16)
+        assert_shapes(sp.causal() & pattern, call)
+
+
 @given(st.data())
 def test_any_pattern(data: st.DataObject) -> None:
     call = data.draw(calls())
