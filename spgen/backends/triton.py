@@ -10,7 +10,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,15 @@ from torch import Tensor
 
 from spgen.backends import triton_plan
 from spgen.backends.extras import NO_EXTRAS, Extras
+from spgen.backends.triton_arguments import (
+    bias_steps,
+    index_type,
+    is_aligned,
+    is_wide,
+    lengths_of,
+    strides_of,
+    table_sizes,
+)  # fmt: skip
 from spgen.backends.triton_binary import Binary, load_source
 from spgen.backends.triton_combine import Combiner
 from spgen.backends.triton_compile import (
@@ -177,12 +185,12 @@ class AttentionKernel:
             if len(self._calls) >= _MANY_CALLS:
                 self._calls.clear()
             strides = self._strides(q, k, v, out)
-            aligned = not key[2] and _is_aligned(strides, ELEMENT_BYTES[self.dtype])
+            aligned = not key[2] and is_aligned(strides, ELEMENT_BYTES[self.dtype])
             variant = Variant(
-                aligned, False, scale < 0, _index_type(q_offset), _index_type(kv_lengths),
-                _index_type(extras.cu_seqlens_q), _index_type(extras.cu_seqlens_k), _is_wide(strides),
+                aligned, False, scale < 0, index_type(q_offset), index_type(kv_lengths),
+                index_type(extras.cu_seqlens_q), index_type(extras.cu_seqlens_k), is_wide(strides),
             )  # fmt: skip
-            sizes = [*_table_sizes(tables), *_bias_steps(extras), *self._lengths(q, k, extras), *strides]
+            sizes = [*table_sizes(tables), *bias_steps(extras), *self._lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
                 maps = self._tensor_maps(replace(variant, tma=True), changing, k, v)
@@ -226,11 +234,11 @@ class AttentionKernel:
         """Bring what is launched beside the kernel itself into the cache; no device is needed."""
 
     def _strides(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> list[int]:
-        return _strides(q, k, v) if self._splits else _strides(q, k, v, out)[:-1]
+        return strides_of(q, k, v) if self._splits else strides_of(q, k, v, out)[:-1]
 
     def _lengths(self, q: Tensor, k: Tensor, extras: Extras) -> list[int]:
         n_parts = q.shape[0] * q.shape[1] * q.shape[2] * self._splits
-        return [*_lengths(q, k, extras), *((self._splits, n_parts) if self._splits else ())]
+        return [*lengths_of(q, k, extras), *((self._splits, n_parts) if self._splits else ())]
 
     def _grid(self, q: Tensor, extras: Extras) -> int:
         """One program per row tile (per slot in a packed batch) and query head, or per packed group; and per split."""
@@ -255,7 +263,7 @@ class AttentionKernel:
         if not grid:
             return
         lengths, strides = self._lengths(q, k, extras), self._strides(q, k, v, out)
-        sizes = [*_table_sizes(tables), *_bias_steps(extras), *lengths, *strides]
+        sizes = [*table_sizes(tables), *bias_steps(extras), *lengths, *strides]
         constants = constants_of(self.kernel, Variant(negative=scale < 0), stages)
         named: dict[str, Any] = {
             **dict(zip(self._fixed, sizes, strict=True)), **constants,
@@ -333,61 +341,6 @@ def _launch_both(call: Call, changing: list[int], results: list[int]) -> None:
     stream = torch._C._cuda_getCurrentRawStream(call.function.device)
     call(changing, stream)
     call.after(results, stream)
-
-
-def _table_sizes(tables: Sequence[Tensor]) -> list[int]:
-    """Strides of the outer axes, 0 where there is one element; rows and columns."""
-    values: list[int] = []
-    for table in tables:
-        batch, heads, rows, columns = table.shape
-        step_b, step_h, step_r, _ = table.stride()
-        values += (
-            step_b if batch > 1 else 0, step_h if heads > 1 else 0, step_r if rows > 1 else 0, rows, columns
-        )  # fmt: skip
-    return values
-
-
-def _bias_steps(extras: Extras) -> list[int]:
-    """Strides of the bias, but its last axis; 0 where there is one element."""
-    if extras.bias is None:
-        return []
-    sizes, steps = extras.bias.shape[:-1], extras.bias.stride()[:-1]
-    return [step if size > 1 else 0 for size, step in zip(sizes, steps, strict=True)]
-
-
-def _lengths(q: Tensor, k: Tensor, extras: Extras) -> list[int]:
-    """q_len, k_len, key heads, query heads of a key head, and sequences of a packed batch."""
-    sequences = [] if extras.cu_seqlens_q is None else [extras.cu_seqlens_q.shape[0] - 1]
-    return [q.shape[2], k.shape[2], k.shape[1], q.shape[1] // max(k.shape[1], 1), *sequences]
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of all axes; 0, or 1 for the last axis, where there is one element."""
-    values: list[int] = []
-    for tensor in tensors:
-        batch, heads, rows, channels = tensor.shape
-        step_b, step_h, step_n, step_d = tensor.stride()
-        values += (
-            step_b if batch > 1 else 0, step_h if heads > 1 else 0, step_n if rows > 1 else 0,
-            step_d if channels > 1 else 1,
-        )  # fmt: skip
-    return values
-
-
-def _is_aligned(strides: list[int], item: int) -> bool:
-    """Whether last strides are 1 and all others multiples of 16 bytes."""
-    steps = list(strides)
-    last = steps.pop(11), steps.pop(7), steps.pop(3)
-    return last == (1, 1, 1) and gcd(*steps) * item % VECTOR == 0
-
-
-def _is_wide(strides: list[int]) -> bool:
-    """Whether a stride of rows does not fit into int32."""
-    return any(abs(step) >= 2**31 for step in strides[2::4])
-
-
-def _index_type(value: int | Tensor | None) -> str:
-    return "i64" if isinstance(value, Tensor) and value.dtype == torch.int64 else "i32"
 
 
 def _refuse_late_interpreter() -> None:
