@@ -69,9 +69,21 @@ def build(kernel: Op, target: Target) -> AttentionKernel:
             check(kernel)
             if triton_interpreted():
                 _refuse_late_interpreter()
-            kind = SplitKernel if option(kernel, "splits", 1) > 1 else AttentionKernel
-            _built[key] = kind(kernel, target)
+            _built[key] = _form(kernel, target)
         return _built[key]
+
+
+def _form(kernel: Op, target: Target) -> AttentionKernel:
+    """The class that serves a kernel: by what its schedule asks for, and what that form can express."""
+    from spgen.backends import gluon
+
+    if option(kernel, "splits", 1) > 1:
+        return SplitKernel(kernel, target)
+    if not option(kernel, gluon.WARPGROUPS, 0):
+        return AttentionKernel(kernel, target)
+    if triton_interpreted() or gluon.refusal(kernel, target):
+        return AttentionKernel(gluon.portable(kernel), target)
+    return gluon.HopperKernel(kernel, target)
 
 
 def planner(program: Op, target: Target) -> triton_plan.Planner | None:
@@ -134,7 +146,7 @@ class AttentionKernel:
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
-    ) -> tuple[Call, list[int]]:  # fmt: skip
+    ) -> tuple[Any, list[int]]:  # fmt: skip
         """The launch of a call, and the arguments that it brings anew."""
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         changing = [q_at, k_at, v_at, out_at]

@@ -133,6 +133,8 @@ def compile_ahead(function: Specialised, target: Target) -> Any:
     else:
         device = GPUTarget("hip", target.arch, target.simd)
     entry = getattr(load_source(function.source), function.entry)
+    if entry.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as ASTSource
     return triton.compile(ASTSource(entry, dict(function.types), constants, divisors), target=device, options=options)
 
 
@@ -166,8 +168,9 @@ def _notes(function: Specialised, built: Any, target: Target) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def generator() -> str:
     """A digest of everything that turns a kernel into source and binary, beside Triton itself."""
-    files = [path for path in Path(expressions.__file__).parent.iterdir() if path.is_file()]
-    files += [path for path in Path(__file__).parent.glob("triton*.py") if path.is_file()]
+    templates, own = Path(expressions.__file__).parent, Path(__file__).parent
+    files = [path for folder in (templates, templates.parent / "gluon") for path in folder.iterdir() if path.is_file()]
+    files += [path for name in ("triton*.py", "gluon*.py") for path in own.glob(name) if path.is_file()]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 

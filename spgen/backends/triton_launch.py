@@ -50,6 +50,8 @@ class Driver:
         pointer, word = ctypes.c_void_p, ctypes.c_uint
         self._launch = library.cuLaunchKernel
         self._launch.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+        self._clear = library.cuMemsetD32Async
+        self._clear.argtypes = [pointer, word, ctypes.c_size_t, pointer]
         # tensor maps are used only where the driver has both of their functions
         self.has_tensor_maps = hasattr(library, "cuTensorMapEncodeTiled") and hasattr(library, _REPLACE)
         if self.has_tensor_maps:
@@ -77,6 +79,10 @@ class Driver:
             self._use_device(function.device)
             status = self._launch(*arguments, None)
         self._check(status, "launching a kernel")
+
+    def clear(self, target: int, words: int, stream: int) -> None:
+        """Set words of memory to 0, in the stream's order."""
+        self._check(self._clear(target, 0, words, stream), "clearing memory")
 
     def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
                box: Box) -> bool:  # fmt: skip

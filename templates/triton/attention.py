@@ -22,7 +22,7 @@ INSIDE = "inside"  # columns that are keys of the segment
 SMALLEST_TILE = 16  # tl.dot takes no fewer rows, columns or channels
 
 # rows and keys that are out of range are masked, so what their expressions give does not matter
-_RANGES: dict[str, Range] = dict.fromkeys(
+RANGES: dict[str, Range] = dict.fromkeys(
     ("hk", "h", "tile", "q_len", "kv_len", "q_start", "k_start", "n_heads", "group", "s", "r", "p", "p0", "j"),
     (0, None),
 )
@@ -106,7 +106,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         for size in ("rows", "cols"):
             yield f"{table['name']}_table_{size}", "i32"
     yield "scale", "fp32"
-    yield from _score_parameters(kernel)
+    yield from score_parameters(kernel)
     for size in ("q_len", "k_len", "n_key_heads", "group", *(["n_sequences"] if kernel["cu_seqlens"] else [])):
         yield size, "i32"
     if is_partial(kernel):
@@ -124,7 +124,7 @@ TABLE_OPERATIONS = ("load", "bit", "word", "count_le")
 BIAS_AXES: Mapping[str, tuple[str, ...]] = {"none": (), "key": ("b", "h", "g"), "alibi": ("b",)}
 
 
-def _score_parameters(kernel: Op) -> Iterator[tuple[str, str]]:
+def score_parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     """What changes scores: the cap, the sinks' logits, the bias and its strides."""
     if kernel["softcap"]:
         yield "softcap", "fp32"
@@ -139,7 +139,7 @@ def _score_parameters(kernel: Op) -> Iterator[tuple[str, str]]:
 def symbols(kernel: Op) -> dict[str, Any]:
     """Every symbol of attention.py.jinja; its head comment says what they are."""
     check(kernel)
-    printing = _Printing(_names(kernel), _ranges(kernel), _row_vectors(kernel))
+    printing = Printing(names_of(kernel), ranges_of(kernel), row_vectors(kernel))
     segments = [_segment(kernel, op, printing) for op in parts(kernel, "segment")]
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
@@ -162,7 +162,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "lse": kernel["lse"],
         "partial": is_partial(kernel),
         "row": printing.optional(kernel["row"], "row"),
-        "tables": [{"name": f"{op['name']}_table", "head": _HEADS[op["heads"]]} for op in parts(kernel, "table")],
+        "tables": [{"name": f"{op['name']}_table", "head": HEADS[op["heads"]]} for op in parts(kernel, "table")],
         "lets": [
             {"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])}
             for op in parts(kernel, "let")
@@ -170,11 +170,11 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "segments": segments,
         "deals": kernel["bias"] == "key"
         or any(f"{DEAL}(" in line for segment in segments for line in segment.mask.lines),
-        "operations": {node.op for value in _expressions(kernel) for node in walk(value)},
+        "operations": {node.op for value in expressions_of(kernel) for node in walk(value)},
     }
 
 
-_HEADS = {"one": "0", "kv": "hk", "q": "h"}
+HEADS = {"one": "0", "kv": "hk", "q": "h"}
 
 
 def check(kernel: Op) -> None:
@@ -187,7 +187,7 @@ def check(kernel: Op) -> None:
         raise UnsupportedError("pack", given=kernel["pack"], allowed=f"at most block_m, which is {kernel['block_m']}")
     if option(kernel, "splits", 1) < 1:
         raise UnsupportedError("splits", given=option(kernel, "splits", 1), allowed="a number of at least 1")
-    rows = _row_vectors(kernel)
+    rows = row_vectors(kernel)
     for op in parts(kernel, "segment"):
         for attribute, value in op.attrs:
             if isinstance(value, Expr) and attribute != "mask" and free_variables(value) & rows:
@@ -200,7 +200,7 @@ def check(kernel: Op) -> None:
 
 def reads_per_pair(kernel: Op) -> bool:
     """Whether a mask reads tables at places that differ by row and by column: slow, and many registers."""
-    places = _places(_row_vectors(kernel))
+    places = places_of(row_vectors(kernel))
     masks = [op["mask"] for op in parts(kernel, "segment") if op["mask"] is not None]
     reads = (node for mask in masks for node in walk(mask) if node.op in TABLE_OPERATIONS)
     return any(places.kind(node) == "pair" for node in reads)
@@ -211,7 +211,7 @@ def gathers(kernel: Op) -> bool:
     return any(not op["contiguous"] or op["key"] is not None for op in parts(kernel, "segment"))
 
 
-def _places(rows: set[str]) -> Places:
+def places_of(rows: set[str]) -> Places:
     return Places(frozenset(rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
 
 
@@ -229,14 +229,14 @@ def value_lanes(channels: int, dtype: str) -> int:
     return max(padded(channels), 32 if dtype == "float32" else 64)
 
 
-def _expressions(kernel: Op) -> Iterator[Expr]:
+def expressions_of(kernel: Op) -> Iterator[Expr]:
     for op in (kernel, *kernel.operands):
         yield from (value for _, value in op.attrs if isinstance(value, Expr))
 
 
-def _names(kernel: Op) -> dict[str, str]:
+def names_of(kernel: Op) -> dict[str, str]:
     """What variables and tables are called in the source; a let cannot clash with the template's own names."""
-    own = {name: name for name in (*_RANGES, "b", "q_offset", "i", "c", INSIDE)}
+    own = {name: name for name in (*RANGES, "b", "q_offset", "i", "c", INSIDE)}
     if not kernel["cu_seqlens"]:
         own |= {"q_start": "0", "k_start": "0"}
     data = {op["name"]: f"{op['name']}_table" for op in parts(kernel, "table")}
@@ -244,7 +244,7 @@ def _names(kernel: Op) -> dict[str, str]:
     return {**own, **data, **lets}
 
 
-def _row_vectors(kernel: Op) -> set[str]:
+def row_vectors(kernel: Op) -> set[str]:
     """The variables that are vectors over rows: a let "per row" of scalars alone is none."""
     vectors = set(ROW_VARIABLES)
     for op in parts(kernel, "let"):
@@ -253,16 +253,16 @@ def _row_vectors(kernel: Op) -> set[str]:
     return vectors
 
 
-def _ranges(kernel: Op) -> dict[str, Range]:
+def ranges_of(kernel: Op) -> dict[str, Range]:
     """Intervals of all variables, lets included."""
-    ranges = {**_RANGES, "b": (-1 if kernel["cu_seqlens"] else 0, None)}
+    ranges = {**RANGES, "b": (-1 if kernel["cu_seqlens"] else 0, None)}
     for op in parts(kernel, "let"):
         ranges[op["name"]] = value_range(op["value"], ranges)
     return ranges
 
 
 @dataclass(frozen=True)
-class _Printing:
+class Printing:
     """How the expressions of one kernel are printed: names, intervals, and which variables are vectors over rows."""
 
     names: Mapping[str, str]
@@ -277,16 +277,19 @@ class _Printing:
         """The source of what may be absent."""
         return None if value is None else self.text(value, temporary)
 
-    def mask(self, value: Expr, loaded: frozenset[str]) -> Printed:
-        """The source of a mask, over rows and columns; `loaded` are the columns' variables that tables give."""
-        places = _places(self.rows)
-        return print_mask(separate(value, places), self.names, self.ranges, places, "mask", loaded)
+    def mask(self, value: Expr, loaded: frozenset[str], own: Mapping[str, str] | None = None) -> Printed:
+        """The source of a mask, over rows and columns; `loaded` are the columns' variables that tables give.
+
+        `own` are the names of columns where vectors are dealt out (see print_mask).
+        """
+        places = places_of(self.rows)
+        return print_mask(separate(value, places), self.names, self.ranges, places, "mask", loaded, own)
 
 
-def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
+def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     """The expressions of one segment; those of a contiguous one are evaluated at a tile's first position `p0`."""
     contiguous, column = op["contiguous"], op["column"]
-    has_full = op["full_start"] is not None and not _never_full(op, kernel["block_n"], printing.ranges)
+    has_full = op["full_start"] is not None and not never_full(op, kernel["block_n"], printing.ranges)
     ahead = has_full and contiguous and option(kernel, "prefetch", 0) == 1 and bool(tables(column))
     return Segment(
         name=op["name"],
@@ -300,7 +303,7 @@ def _segment(kernel: Op, op: Op, printing: _Printing) -> Segment:
         first_column=printing.text(column, "column", p="p_next") if ahead else None,
         next_column=printing.text(column, "column", p="p_next") if ahead else None,
         key=printing.optional(op["key"], "key"),
-        mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else _by_tile(op)), _loaded(op)),
+        mask=printing.mask(and_(var(INSIDE), TRUE if op["mask"] is None else by_tile(op)), _loaded(op)),
     )
 
 
@@ -311,7 +314,7 @@ def _loaded(op: Op) -> frozenset[str]:
     return frozenset({"j", INSIDE} if key or column else ()) | ({"c"} if column else set())
 
 
-def _by_tile(op: Op) -> Expr:
+def by_tile(op: Op) -> Expr:
     """The mask of a segment; units of which its column reads one per tile are numbered by scalars.
 
     Where columns follow each other and come from entry `p // n` of a table, a tile lies within one entry.
@@ -327,7 +330,7 @@ def _by_tile(op: Op) -> Expr:
     return done[mask]
 
 
-def _never_full(op: Op, block_n: int, ranges: Mapping[str, Range]) -> bool:
+def never_full(op: Op, block_n: int, ranges: Mapping[str, Range]) -> bool:
     """Whether the full run is shorter than a tile in every call: its loop would only cost registers.
 
     It is more than that: ptxas (12.8, 12.9) crashes on some pipelined loops that LLVM knows to be empty.

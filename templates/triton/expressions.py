@@ -27,6 +27,7 @@ _INFIX = {
 _CALLS = {"min": "tl.minimum", "max": "tl.maximum", "abs": "tl.abs", "select": "tl.where"}
 _UNARY, _ATOM = 8, 9
 DEAL = "deal"  # the helper of operations.py.jinja that computes a vector once and gives it to all threads
+_NOTHING: Mapping[Expr, str] = {}
 _NO_VECTORS = Places(frozenset(), frozenset())  # all values of an expression have one shape, or are scalars
 
 
@@ -57,10 +58,12 @@ def print_mask(
     places: Places,
     temporary: str,
     loaded: frozenset[str] = frozenset(),
+    own: Mapping[str, str] | None = None,
 ) -> Printed:
     """A mask as source of shape [BLOCK_M, BLOCK_N], [BLOCK_M, 1] or [1, BLOCK_N].
 
-    Vectors over columns that read tables, or any of the variables `loaded`, which do, are dealt out to the threads.
+    Vectors over columns that read tables, or any of the variables `loaded`, which do, are dealt out to the threads. What
+    is dealt out speaks of the columns as `own` names them, and shares no part with anything else, if there is `own`.
     """
     vectors = {part for part in _vectors(node, places) if operands(part) or free_variables(part) & loaded}
     dealt = {
@@ -68,8 +71,13 @@ def print_mask(
         if places.kind(part) == "column" and (tables(part) or free_variables(part) & loaded)
     }  # fmt: skip
     printer = _Printer(names, ranges, places)
+    alone: dict[Expr, str] = {}
+    if own is not None:
+        alone = {part: _Printer({**names, **own}, ranges, places).bare(part) for part in dealt}
+    inner = {part for outer in alone for part in walk(outer) if part is not outer}
     named = {*_shared(node), *vectors}
-    lines = printer.assign((part for part in walk(node) if part in named), temporary, dealt)
+    named -= {part for part in inner if places.kind(part) == "column" and part not in alone}
+    lines = printer.assign((part for part in walk(node) if part in named), temporary, dealt, alone)
     return Printed(lines, printer.beside_pairs(node))
 
 
@@ -93,11 +101,13 @@ class _Printer:
         self.names, self.ranges, self.places = names, ranges, places
         self.done: dict[Expr, tuple[str, int]] = {}
 
-    def assign(self, parts: Iterable[Expr], temporary: str, dealt: Container[Expr] = ()) -> tuple[str, ...]:
-        """Lines that give names to `parts`, operands first."""
+    def assign(
+        self, parts: Iterable[Expr], temporary: str, dealt: Container[Expr] = (), alone: Mapping[Expr, str] = _NOTHING
+    ) -> tuple[str, ...]:
+        """Lines that give names to `parts`, operands first; `alone` is the text of some."""
         lines = []
         for number, part in enumerate(parts):
-            text, name = self.bare(part), f"{temporary}_{number}"
+            text, name = alone.get(part) or self.bare(part), f"{temporary}_{number}"
             lines.append(f"{name} = {DEAL}({text})" if part in dealt else f"{name} = {text}")
             self.done[part] = name, _ATOM
         return tuple(lines)

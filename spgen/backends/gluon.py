@@ -1,0 +1,166 @@
+"""Attention on Hopper through Gluon: warps that bring tiles, warpgroups that multiply, tiles handed out on the way.
+
+What it cannot express is left to plain Triton, over the same tiles, so that plans serve both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.backends import triton_binary
+from spgen.backends.extras import NO_EXTRAS, Extras
+from spgen.backends.triton import AttentionKernel
+from spgen.backends.triton_arguments import index_type, is_aligned, strides_of, table_sizes
+from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
+from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
+from spgen.backends.triton_launch import Call, Function, TensorMap, driver
+from spgen.ir.kernel import KERNEL
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.templates.gluon import attention
+from spgen.templates.triton.attention import Parameter
+
+WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form
+_OWN_OPTIONS = (WARPGROUPS, "stages", "registers")
+_ARCH = "sm_90"
+
+
+def refusal(kernel: Op, target: Target) -> str | None:
+    """Why a kernel that asks for this form gets plain Triton; None if it does not."""
+    if target.arch != _ARCH:
+        return f"{target.arch}, which is not Hopper"
+    return attention.refusal(kernel)
+
+
+def portable(kernel: Op) -> Op:
+    """The same kernel over the same tiles for plain Triton."""
+    kept = [text for text in kernel["options"] if text.partition("=")[0] not in _OWN_OPTIONS]
+    options = (*kept, "warps=8", "stages=2", "prefetch=1")
+    return KERNEL.make("attention", *kernel.operands, **{**dict(kernel.attrs), "options": options})
+
+
+class HopperKernel(AttentionKernel):
+    """A compiled attention kernel of one program for each multiprocessor."""
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        super().__init__(kernel, target)
+        self._parameters = attention.parameters(kernel)
+        self._fixed = [p.name for p in self._parameters if p.type in ("i32", "i64") and p.name != "q_offset"]
+        self._plain: AttentionKernel | None = None
+        self._refused: set[tuple[Any, ...]] = set()  # calls whose tensors no tensor map can express
+
+    @property
+    def path(self) -> Path:
+        """The file of the rendered source; rendered again if someone emptied the cache."""
+        return source_path(self.kernel)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
+    ) -> None:  # fmt: skip
+        """Write `out` and `lse`, as AttentionKernel does."""
+        if not out.numel():
+            return None
+        call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
+        if call is None:
+            if self._plain is None:
+                self._plain = AttentionKernel(portable(self.kernel), self.target)
+            return self._plain(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
+        device = call.function.device
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self._launch(call, changing, q.device)
+        return self._launch(call, changing, q.device)
+
+    def _launch(self, call: Call, changing: list[int], device: torch.device) -> None:
+        tickets = torch.empty(1, dtype=torch.int32, device=device)
+        stream = torch._C._cuda_getCurrentRawStream(call.function.device)
+        at = tickets.data_ptr()
+        driver().clear(at, 1, stream)
+        call([*changing, at], stream)
+
+    def _prepare(
+        self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+        tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
+        extras: Extras,
+    ) -> Call | None:  # fmt: skip
+        """What all calls of these shapes and strides share; None where plain Triton has to serve them."""
+        with self._lock:
+            if key in self._refused:
+                return None
+            strides = strides_of(q, k, v, out)
+            variant = Variant(True, True, scale < 0, index_type(q_offset), index_type(kv_lengths))
+            maps: list[TensorMap] = []
+            if not key[2] and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype]) and strides[-1] == 1 and k.numel():
+                maps = self._maps(variant, changing, (q, k, v, out))
+            if not maps or not all(tensor_map.is_valid for tensor_map in maps):
+                self._refused.add(key)
+                return None
+            tiles = -(-q.shape[2] // self.kernel["block_m"]) * q.shape[0] * q.shape[1]
+            sizes = [q.shape[2], k.shape[2], k.shape[1], q.shape[1] // k.shape[1], tiles]
+            grid = min(tiles, self.target.cores)
+            call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
+            self._calls[key] = call
+            return call
+
+    def _maps(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
+        item = ELEMENT_BYTES[self.dtype]
+        maps = []
+        for source, (tensor, box) in enumerate(zip(tensors, self._binary(variant).boxes, strict=True)):
+            # the step of an axis of one element is never taken, but must be legal
+            strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+            strides[-1] = 1
+            maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
+        return maps
+
+    def _binary(self, variant: Variant) -> Binary:
+        if variant not in self._binaries:
+            self._binaries[variant] = binary(self.kernel, self.path, variant, self.target)
+        return self._binaries[variant]
+
+    def _function(self, variant: Variant, device: int) -> Function:
+        if (variant, device) not in self._functions:
+            kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
+                     for p in self._parameters if p.type != "constexpr"]  # fmt: skip
+            with torch.cuda.device(device):
+                self._functions[variant, device] = self._binary(variant).load(device, kinds)
+        return self._functions[variant, device]
+
+
+def source_path(kernel: Op) -> Path:
+    """The file of the rendered source, from the cache or rendered now."""
+    return rendered("gluon/attention.py.jinja", str(kernel), lambda: attention.symbols(kernel))
+
+
+def binary(kernel: Op, source: Path, variant: Variant, target: Target) -> Binary:
+    """The compiled variant, from the cache or compiled now."""
+    fields = {"kernel": str(kernel), "form": "gluon", "variant": asdict(variant)}
+    one = specialised(kernel, source, variant)
+    return triton_binary.binary(fields, target, lambda: (one, compile_ahead(one, target)))
+
+
+def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
+    """The rendered function as a variant needs it."""
+    types = {parameter.name: _type(kernel, parameter, variant) for parameter in attention.parameters(kernel)}
+    divisors = {name: VECTOR for name in ("q", "k", "v", "out")}
+    return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, warps=4)
+
+
+def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
+    dtype = TRITON_TYPES[kernel["dtype"]]
+    if parameter.type == "data":
+        return f"*{dtype}"
+    if parameter.type == "*index":
+        return f"*{getattr(variant, parameter.name)}"
+    if parameter.type == "desc":
+        rows, lanes = attention.box_of(kernel, parameter.name)
+        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+        return f"tensordesc<{dtype}[1, 1, {rows}, {lanes}],{layout}>"
+    return parameter.type
+

@@ -1,0 +1,1 @@
+"""Gluon: explicit layouts, asynchronous products and specialised warps, for Hopper."""
