@@ -7,16 +7,17 @@ tile's first scores come beside the last values of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
-from spgen.ir.expr import TRUE, Expr, and_, free_variables, tables, var, walk
+from spgen.ir.expr import TRUE, Expr, and_, const, free_variables, maximum, minimum, operands, tables, var, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.triton.attention import (
     HEADS,
-    INSIDE,
     Parameter,
     Printing,
     by_tile,
@@ -26,18 +27,21 @@ from spgen.templates.triton.attention import (
     names_of,
     never_full,
     padded,
+    places_of,
     ranges_of,
     reads_per_pair,
     row_vectors,
 )
 from spgen.templates.triton.expressions import DEAL, Printed
+from spgen.templates.triton.masks import Places
 
 ENTRY = "attention"
 DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
 LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "b", "hk", "h", "tile", "kv_len", "q_offset")
-_OWN = {name: f"own_{name}" for name in (*COLUMN_VARIABLES, INSIDE)}
+_COLUMNS = (var("c"), var("j"))  # the same: keys follow each other
+_OWN = {name: f"own_{name}" for name in COLUMN_VARIABLES}
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,16 @@ class Segment:
     full_start: str  # the name, or "" if there are no whole tiles
     column: Printed
     column_is_position: bool
-    mask: Printed
+    upper: Printed | None  # the first column of a tile that is too far, from `stop` of all rows
+    lower: Printed | None  # the first column of a tile that is wanted
+    upper_by_row: bool
+    lower_by_row: bool
+    rest: Printed | None  # of the mask
+    limits: tuple[str, ...]  # what is computed before the scores have come
     mask_values: tuple[str, ...]
     mask_tables: tuple[str, ...]
     row_lets: tuple[dict[str, Any], ...]
+    speaks_of_rows: bool
     deals: bool
 
 
@@ -167,13 +177,24 @@ def _call(kernel: Op) -> tuple[str, ...]:
 def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     has_full = op["full_start"] is not None and not never_full(op, kernel["block_n"], printing.ranges)
     names = tuple(f"{op['name']}_{bound}_at" for bound in _BOUNDS)
-    wanted = and_(var(INSIDE), TRUE if op["mask"] is None else by_tile(op))
-    mask = printing.mask(wanted, frozenset(), _OWN)
+    wanted = TRUE if op["mask"] is None else by_tile(op)
+    uppers, lowers, others = _limits(wanted, places_of(printing.rows))
+    if not _starts_inside(op["column"]):
+        lowers.append(const(0))
+    rest = reduce(and_, others) if others else None
+    mask = None if rest is None else printing.mask(rest, frozenset(), _OWN)
     lets = _row_lets(kernel, [wanted], printing)
-    speaks = [wanted, *(let["value"] for let in lets), var("tile"), var("q_offset"), var("kv_len"), var("b")]
+    bodies = [let["value"] for let in lets]
+    speaks = [wanted, *bodies, var("kv_len")]
+    rows = bool(printing.rows & {name for value in speaks for name in free_variables(value)})
+    speaks += [var("tile"), var("q_offset")] if rows else []
     read = {f"{name}_table" for value in speaks for name in tables(value)}
     heads = {HEADS[table["heads"]] for table in parts(kernel, "table") if f"{table['name']}_table" in read}
-    speaks += [var(head) for head in heads if head != "0"]
+    speaks += [var("b"), *(var(head) for head in heads if head != "0")] if read else []
+    upper = reduce(minimum, [value - var("c0") for value in uppers], var("stop")) if uppers else None
+    lower = reduce(maximum, [value - var("c0") for value in lowers]) if lowers else None
+    own = {"c0": "c0", "stop": "stop"}
+    limits = ["stop", *(["first"] if lowers else []), *(_named(mask, printing, lets) if mask else [])]
     return Segment(
         name=op["name"],
         bounds=names,
@@ -181,18 +202,60 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         full_start=names[1] if has_full else "",
         column=printing.text(op["column"], "column", p="p0"),
         column_is_position=op["column"] is var("p"),
-        mask=mask,
+        upper=None if upper is None else printing.text(upper, "upper", **own),
+        lower=None if lower is None else printing.text(lower, "lower", **own),
+        upper_by_row=any(printing.rows & free_variables(value) for value in uppers),
+        lower_by_row=any(printing.rows & free_variables(value) for value in lowers),
+        rest=mask,
+        limits=tuple(limits),
         mask_values=tuple(dict.fromkeys((*names, *_scalars(kernel, speaks, printing)))),
-        mask_tables=tuple(sorted(read)),
-        row_lets=tuple({"name": printing.names[let["name"]], "value": printing.text(let["value"], let["name"])} for let in lets),
-        deals=any(f"{DEAL}(" in line for line in mask.lines),
+        mask_tables=tuple(sorted(f"{name}" for name in read)),
+        row_lets=tuple(
+            {"name": printing.names[let["name"]], "value": printing.text(let["value"], let["name"])} for let in lets
+        ),
+        speaks_of_rows=rows,
+        deals=mask is not None and any(f"{DEAL}(" in line for line in mask.lines),
     )
+
+
+def _limits(mask: Expr, places: Places) -> tuple[list[Expr], list[Expr], list[Expr]]:
+    """A conjunction apart: columns are below all of the first, at least all of the second, and the rest holds.
+
+    So all rows' bounds meet before columns come in: one comparison for each pair, whatever bounds there are.
+    """
+    uppers, lowers, rest = [], [], []
+    for part in conjunction(mask):
+        a, b = operands(part) if part.op in ("lt", "le") else (part, part)
+        if part.op in ("lt", "le") and a in _COLUMNS and places.kind(b) in ("row", "scalar"):
+            uppers.append(b + 1 if part.op == "le" else b)
+        elif part.op in ("lt", "le") and b in _COLUMNS and places.kind(a) in ("row", "scalar"):
+            lowers.append(a + 1 if part.op == "lt" else a)
+        elif part is not TRUE:
+            rest.append(part)
+    return uppers, lowers, rest
+
+
+def conjunction(mask: Expr) -> list[Expr]:
+    """The parts that all must hold."""
+    return [one for part in mask.args for one in conjunction(part)] if mask.op == "and" and mask.is_bool else [mask]
+
+
+def _starts_inside(column: Expr) -> bool:
+    """Whether no tile begins before the first key: positions of ranges, and units of lists, do not."""
+    return column is var("p") or column.op == "add" and column.args[0].op == "mul" and column.args[0].args[0].op == "load"
+
+
+def _named(mask: Printed, printing: Printing, lets: Sequence[Op]) -> list[str]:
+    """The names that the value of a mask speaks of."""
+    made = {line.partition(" = ")[0] for line in mask.lines}
+    known = made | {printing.names[let["name"]] for let in lets} | {"i", "r", "s", "p", "c", "j"}
+    return sorted(known & set(re.findall(r"\w+", mask.value)))
 
 
 def _bound(segment: Segment, op: Op, printing: Printing) -> Segment:
     """The same with the source of its bounds, which the scheduler computes."""
-    zero = op["start"] if not segment.full_start else None
-    values = [op["start"], zero or op["full_start"], zero or op["full_stop"], op["stop"]]
+    whole = (op["full_start"], op["full_stop"]) if segment.full_start else (op["start"], op["start"])
+    values = [op["start"], *whole, op["stop"]]
     printed = tuple(printing.text(value, name) for value, name in zip(values, segment.bounds, strict=True))
     return Segment(**{**segment.__dict__, "bound_values": printed})
 
