@@ -16,7 +16,7 @@ from torch import Tensor
 from spgen.backends import triton_binary
 from spgen.backends.extras import NO_EXTRAS, Extras
 from spgen.backends.triton import AttentionKernel
-from spgen.backends.triton_arguments import index_type, is_aligned, strides_of, table_sizes
+from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, strides_of, table_sizes
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
 from spgen.backends.triton_launch import Call, Function, TensorMap, driver
@@ -26,8 +26,7 @@ from spgen.target import Target
 from spgen.templates.gluon import attention
 from spgen.templates.triton.attention import Parameter
 
-WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form
-_OWN_OPTIONS = (WARPGROUPS, "stages", "registers")
+_OWN_OPTIONS = (attention.WARPGROUPS, "stages", "registers")
 _ARCH = "sm_90"
 
 
@@ -41,7 +40,7 @@ def refusal(kernel: Op, target: Target) -> str | None:
 def portable(kernel: Op) -> Op:
     """The same kernel over the same tiles for plain Triton."""
     kept = [text for text in kernel["options"] if text.partition("=")[0] not in _OWN_OPTIONS]
-    options = (*kept, "warps=8", "stages=2", "prefetch=1")
+    options = (*kept, f"warps={kernel['block_m'] // 16}", "stages=2", "prefetch=1")
     return KERNEL.make("attention", *kernel.operands, **{**dict(kernel.attrs), "options": options})
 
 
@@ -95,16 +94,22 @@ class HopperKernel(AttentionKernel):
             if key in self._refused:
                 return None
             strides = strides_of(q, k, v, out)
-            variant = Variant(True, True, scale < 0, index_type(q_offset), index_type(kv_lengths))
+            variant = Variant(
+                True, True, scale < 0, index_type(q_offset), index_type(kv_lengths), index_type(extras.cu_seqlens_q),
+                index_type(extras.cu_seqlens_k),
+            )  # fmt: skip
             maps: list[TensorMap] = []
             if not key[2] and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype]) and strides[-1] == 1 and k.numel():
                 maps = self._maps(variant, changing, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
                 self._refused.add(key)
                 return None
-            tiles = -(-q.shape[2] // self.kernel["block_m"]) * q.shape[0] * q.shape[1]
-            sizes = [q.shape[2], k.shape[2], k.shape[1], q.shape[1] // k.shape[1], tiles]
-            grid = min(tiles, self.target.cores)
+            tiles = self._grid(q, extras)
+            sizes = lengths_of(q, k, extras)
+            if extras.cu_seqlens_q is not None:
+                sizes += strides[-3:-1]
+            sizes.append(tiles)
+            grid = min(tiles, self.target.cores * attention.programs(self.kernel))
             call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
             self._calls[key] = call
             return call
@@ -149,7 +154,9 @@ def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
     """The rendered function as a variant needs it."""
     types = {parameter.name: _type(kernel, parameter, variant) for parameter in attention.parameters(kernel)}
     divisors = {name: VECTOR for name in ("q", "k", "v", "out")}
-    return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, warps=4)
+    shared = attention.programs(kernel) > 1
+    cap = attention.REGISTERS // attention.programs(kernel) // attention.threads(kernel) if shared else 0
+    return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, 4, 1, cap)
 
 
 def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:

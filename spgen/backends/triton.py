@@ -46,6 +46,7 @@ from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
+from spgen.templates.gluon.attention import WARPGROUPS
 from spgen.templates.triton.attention import check, parameters, partial
 from spgen.templates.triton.combine import Combination
 
@@ -79,7 +80,7 @@ def _form(kernel: Op, target: Target) -> AttentionKernel:
 
     if option(kernel, "splits", 1) > 1:
         return SplitKernel(kernel, target)
-    if not option(kernel, gluon.WARPGROUPS, 0):
+    if not option(kernel, WARPGROUPS, 0):
         return AttentionKernel(kernel, target)
     if triton_interpreted() or gluon.refusal(kernel, target):
         return AttentionKernel(gluon.portable(kernel), target)

@@ -36,10 +36,15 @@ from spgen.templates.triton.expressions import DEAL, Printed
 from spgen.templates.triton.masks import Places
 
 ENTRY = "attention"
+WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form: 1 or 2 warpgroups that multiply
+ROWS = 64  # of a tile, for each of them
+COLUMNS = (64, 128)  # of a tile
+REGISTERS = 64 * 1024  # of a multiprocessor
 DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
 LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "b", "hk", "h", "tile", "kv_len", "q_offset")
+_PACKED = ("sequence", "q_start", "q_len", "k_start")
 _COLUMNS = (var("c"), var("j"))  # the same: keys follow each other
 _OWN = {name: f"own_{name}" for name in COLUMN_VARIABLES}
 
@@ -71,7 +76,7 @@ def refusal(kernel: Op) -> str | None:
     """Why this template cannot express a kernel; None if it can."""
     if kernel["dtype"] == "float32":
         return "products of float32"
-    if (kernel["block_m"], kernel["block_n"]) != (128, 128):
+    if kernel["block_m"] != ROWS * option(kernel, WARPGROUPS, 0) or kernel["block_n"] not in COLUMNS:
         return f"tiles of {kernel['block_m']} x {kernel['block_n']}"
     if lanes(kernel["head_dim"]) > LANES[-1] or lanes(kernel["value_dim"]) > LANES[-1]:
         return f"more than {LANES[-1]} channels"
@@ -79,10 +84,6 @@ def refusal(kernel: Op) -> str | None:
         return "calls of few rows"
     if kernel["row"] is not None:
         return "permuted rows"
-    if kernel["cu_seqlens"]:
-        return "packed batches"
-    if kernel["kv_lengths"]:
-        return "lengths of keys on the device"
     if kernel["bias"] != "none":
         return "a bias"
     if not parts(kernel, "segment") or gathers(kernel):
@@ -92,6 +93,23 @@ def refusal(kernel: Op) -> str | None:
     return None
 
 
+def registers(kernel: Op) -> tuple[int, int]:
+    """Of a thread that multiplies, and of one that does not: together what the program starts with, in steps of 8."""
+    multiplying = option(kernel, WARPGROUPS, 0)
+    most = option(kernel, "registers", 240)
+    return most, REGISTERS // programs(kernel) // threads(kernel) // 8 * 8 * (multiplying + 1) - multiplying * most
+
+
+def threads(kernel: Op) -> int:
+    """Of a program: the warps that do not multiply count as a warpgroup."""
+    return 128 * (option(kernel, WARPGROUPS, 0) + 1)
+
+
+def programs(kernel: Op) -> int:
+    """Programs that share a multiprocessor, so that one computes its softmax while another multiplies."""
+    return 2 // option(kernel, WARPGROUPS, 0)
+
+
 def lanes(channels: int) -> int:
     """Lanes that hold this many channels: rows of 128 bytes at least."""
     return max(padded(channels), LANES[0])
@@ -99,7 +117,7 @@ def lanes(channels: int) -> int:
 
 def box_of(kernel: Op, name: str) -> tuple[int, int]:
     """Rows and lanes that a descriptor brings, or takes away, at once."""
-    rows = kernel["block_n"] if name in ("k_blocks", "v_blocks") else kernel["block_m"] // 2
+    rows = kernel["block_n"] if name in ("k_blocks", "v_blocks") else ROWS
     return rows, lanes(kernel["head_dim" if name in ("q_blocks", "k_blocks") else "value_dim"])
 
 
@@ -117,6 +135,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
     if kernel["kv_lengths"]:
         yield "kv_lengths", "*index"
+    if kernel["cu_seqlens"]:
+        yield from (("cu_seqlens_q", "*index"), ("cu_seqlens_k", "*index"))
     for table in parts(kernel, "table"):
         yield f"{table['name']}_table", "*i32"
         yield from ((f"{table['name']}_table_{axis}", "i64") for axis in ("b", "h", "r"))
@@ -127,7 +147,10 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     if kernel["sinks"]:
         yield "sink_logits", "*fp32"
     yield "tickets", "*i32"
-    yield from ((size, "i32") for size in ("q_len", "k_len", "n_key_heads", "group", "n_tickets"))
+    yield from ((size, "i32") for size in ("q_len", "k_len", "n_key_heads", "group"))
+    if kernel["cu_seqlens"]:
+        yield from (("n_sequences", "i32"), ("out_h", "i64"), ("out_n", "i64"))
+    yield "n_tickets", "i32"
     yield "NEGATIVE", "constexpr"
 
 
@@ -139,7 +162,8 @@ def symbols(kernel: Op) -> dict[str, Any]:
     lets = [op for op in parts(kernel, "let") if op["name"] not in printing.rows]
     columns = [op["column"] for op in parts(kernel, "segment")]
     producer = _scalars(kernel, columns, printing)
-    values = dict.fromkeys((*_ALWAYS, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer))
+    packed = _PACKED if kernel["cu_seqlens"] else ()
+    values = dict.fromkeys((*_ALWAYS, *packed, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer))
     bounds = [name for one in segments for name in one.bounds]
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
@@ -150,10 +174,13 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
         "stages": option(kernel, "stages", 2),
-        "registers": option(kernel, "registers", 240),
-        "others": (64 * 1024 - 256 * option(kernel, "registers", 240)) // 128 // 8 * 8,
+        "warpgroups": option(kernel, WARPGROUPS, 0),
+        "registers": registers(kernel)[0],
+        "others": registers(kernel)[1],
         "q_offset": kernel["q_offset"],
         "kv_lengths": kernel["kv_lengths"],
+        "cu_seqlens": kernel["cu_seqlens"],
+        "value_dim": kernel["value_dim"],
         "softcap": kernel["softcap"],
         "sinks": kernel["sinks"],
         "lse": kernel["lse"],
@@ -162,7 +189,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "tables": [{"name": f"{op['name']}_table", "head": HEADS[op["heads"]]} for op in parts(kernel, "table")],
         "lets": [{"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])} for op in lets],
         "segments": [_bound(one, op, printing) for one, op in zip(segments, parts(kernel, "segment"), strict=True)],
-        "producer_values": tuple(dict.fromkeys(("b", "hk", "h", "tile", *bounds, *producer))),
+        "producer_values": tuple(dict.fromkeys(("b", "hk", "h", "tile", "kv_len", *packed, *bounds, *producer))),
         "producer_tables": tuple({f"{name}_table" for column in columns for name in tables(column)}),
         "operations": {node.op for value in expressions_of(kernel) for node in walk(value)},
     }
@@ -171,7 +198,8 @@ def symbols(kernel: Op) -> dict[str, Any]:
 def _call(kernel: Op) -> tuple[str, ...]:
     """What the scheduler takes of the call."""
     offset = {"default": (), "scalar": ("q_offset",), "tensor": ("q_offsets",)}[kernel["q_offset"]]
-    return (*offset, *(("kv_lengths",) if kernel["kv_lengths"] else ()))
+    packed = ("cu_seqlens_q", "cu_seqlens_k", "n_sequences") if kernel["cu_seqlens"] else ()
+    return (*offset, *(("kv_lengths",) if kernel["kv_lengths"] else ()), *packed)
 
 
 def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
@@ -190,10 +218,11 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     speaks += [var("tile"), var("q_offset")] if rows else []
     read = {f"{name}_table" for value in speaks for name in tables(value)}
     heads = {HEADS[table["heads"]] for table in parts(kernel, "table") if f"{table['name']}_table" in read}
-    speaks += [var("b"), *(var(head) for head in heads if head != "0")] if read else []
+    speaks += [var(head) for head in heads if head != "0"] if read else []
     upper = reduce(minimum, [value - var("c0") for value in uppers], var("stop")) if uppers else None
     lower = reduce(maximum, [value - var("c0") for value in lowers]) if lowers else None
     own = {"c0": "c0", "stop": "stop"}
+    which = ("sequence",) if kernel["cu_seqlens"] else ("b",)
     limits = ["stop", *(["first"] if lowers else []), *(_named(mask, printing, lets) if mask else [])]
     return Segment(
         name=op["name"],
@@ -208,7 +237,7 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         lower_by_row=any(printing.rows & free_variables(value) for value in lowers),
         rest=mask,
         limits=tuple(limits),
-        mask_values=tuple(dict.fromkeys((*names, *_scalars(kernel, speaks, printing)))),
+        mask_values=tuple(dict.fromkeys((*names, *_scalars(kernel, speaks, printing), *(which if read else ())))),
         mask_tables=tuple(sorted(f"{name}" for name in read)),
         row_lets=tuple(
             {"name": printing.names[let["name"]], "value": printing.text(let["value"], let["name"])} for let in lets
@@ -274,7 +303,9 @@ def _row_lets(kernel: Op, values: Iterable[Expr], printing: Printing) -> list[Op
 def _scalars(kernel: Op, values: Iterable[Expr], printing: Printing) -> list[str]:
     """What some expressions speak of that the scheduler knows, as names of the source."""
     lets = {op["name"] for op in parts(kernel, "let")} - printing.rows
-    given = {*PROGRAM_VARIABLES} - {"q_len", "n_heads", "group", "q_start", "k_start"}
+    given = {*PROGRAM_VARIABLES} - {"n_heads", "group"}
+    if not kernel["cu_seqlens"]:
+        given -= {"q_len", "q_start", "k_start"}
     found = {name for value in values for name in free_variables(value)}
     return [printing.names[name] for name in sorted(found & (lets | given))]
 
