@@ -32,7 +32,6 @@ from spgen.target import Target
 from spgen.templates.triton import plan
 from spgen.templates.triton.plan import ENTRIES, LANES, SPLIT, Parameter, Planning, Work
 
-_WARPS = 4
 _CALL = ("kv_lengths", "q_offset", "cu_seqlens_q", "cu_seqlens_k")  # what a call brings beside the pattern's tensors
 _MANY_CALLS = 4096
 # Lists share the bitmaps of so many programs: as many as run at a time, fewer where they would not fit in 32 MB of L2
@@ -103,8 +102,12 @@ class Planner:
         if op.kind == "diagonal_runs":
             work = plan.method_of(op, sizes.last(op["offsets"]), 0)
             return work and replace(work, partner=plan.ends_beside(op, self.tables))
-        lists = op.kind == "units" and op["mask"] is None and op["indptr"] is None
-        return plan.method_of(op, *((entries_of(op, sizes), _words(op, sizes)) if lists else (0, 0)))
+        if op.kind not in ("units", "bits", "groups") or op["mask"] is not None:
+            return plan.method_of(op, 0, 0)
+        lists = op["indptr"] is None
+        entries = entries_of(op, sizes) if lists else sizes.units(op)
+        work = plan.method_of(op, entries, _words(op, sizes), self.driver_launches)
+        return plan.sides(work, sizes.last(op["indices"])) if work and lists and work.method != "sorted" else work
 
     def function(self, entry: str, planning: Planning, types: Mapping[str, str], fixed: Mapping[str, int],
                  device: torch.device) -> Function:  # fmt: skip
@@ -112,8 +115,8 @@ class Planner:
         key = (planning, entry, tuple(types.items()), device.index)
         if key not in self._functions:
             constants = {name: 1 for name, kind in types.items() if kind == "constexpr"}
-            one = Specialised(source_path(planning), entry, types, constants, warps=_WARPS)
-            fields = {"kernel": f"{entry}: {planning}", "variant": dict(types)}
+            one = Specialised(source_path(planning), entry, types, constants, warps=planning.warps)
+            fields = {"kernel": f"{entry}: {planning}", "variant": dict(types), "warps": planning.warps}
             built = triton_binary.binary(fields, self.target, lambda: (one, compile_ahead(one, self.target)))
             with torch.cuda.device(device):
                 self._functions[key] = built.load(
@@ -157,7 +160,7 @@ class _Launch:
             parameter.name: next(found) if parameter.changes else self._fixed[parameter.name]
             for parameter in plan.parameters(self._planning, self._entry)
         }
-        options = {} if triton_interpreted() else {"num_warps": _WARPS}
+        options = {} if triton_interpreted() else {"num_warps": self._planning.warps}
         getattr(_module(source_path(self._planning)), self._entry)[self._grid,](**arguments, **options)
 
 
@@ -179,7 +182,7 @@ class Ready:
         self._late = {work.name for work in planning.of(SPLIT)}
         filled = {"rank": -1} | ({"diagonal_bits": 0} if sizes.packed else {})
         self._filled = [(at, filled[op.kind]) for at, op in enumerate(owner.tables) if op.kind in filled]
-        scratch = [_scratch(work, shapes[work.name], sizes) for work in planning.works if work.method in plan.SCRATCH]
+        scratch = [_scratch(work, shapes[work.name], sizes) for work in planning.works if work.scratch]
         self._scratch = [((words,), (1,)) for words in scratch]
         self._sizes = [
             None if op["name"] in self._constants else (shapes[op["name"]], _contiguous(shapes[op["name"]]))
@@ -196,7 +199,7 @@ class Ready:
             return None
         if grid > MAX_GRID:
             raise ShapeError("plan", given=f"{grid} parts", allowed=f"at most {MAX_GRID}", remedy="split the batch")
-        marked = (f"{work.name}_words" for work in planning.works if work.method in plan.SCRATCH)
+        marked = (f"{work.name}_words" for work in planning.works if work.scratch)
         data = (f"data_{at}" for at in range(len(builder.data)))
         tables = (op["name"] for op in self._tables)
         places = {name: at for at, name in enumerate([*_CALL, *data, *tables, *marked])}
@@ -296,7 +299,7 @@ def _programs(work: Work, shape: Shape, sizes: Sizes) -> int:
     """How many programs of a kernel work for one table."""
     batch, heads, rows, cols = shape
     lists = batch * heads * rows
-    if work.method == "marked":
+    if work.method == "marked" and not work.bitmap:
         return min(lists, _MARKERS, max(_FEW_MARKERS, _BITMAP_WORDS // max(_words(work.op, sizes), 1)))
     if work.method in ("compacted", "sorted"):
         return -(-lists // work.list_rows)
@@ -336,7 +339,7 @@ def _fixed(entry: str, planning: Planning, shapes: Mapping[str, Shape], builder:
         programs = _programs(work, shapes[work.name], sizes)
         end += programs
         known = {"heads": heads, "rows": rows, "cols": cols, "lists": batch * heads * rows, "end": end}
-        if work.method in plan.SCRATCH:
+        if work.scratch:
             known["step"] = programs if work.method == "marked" else 2 * sizes.last(work.op["offsets"])
         found |= {f"{work.name}_{size}": value for size, value in known.items()}
     return found, end

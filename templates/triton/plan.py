@@ -23,7 +23,9 @@ LIST_LANES: tuple[int, ...] = (64, 256, LANES)  # lengths of lists that are sort
 SPARSE = 4  # words of a bitmap for each entry: beyond them even long lists are sorted
 _LATE = ("splits", "groups")  # what `split` makes
 TILES = 128  # row tiles whose position bounds a program computes
-SCRATCH = ("marked", "runs")  # methods that take memory beside the table
+BITMAPS: tuple[int, ...] = (64, 1024, 4096)  # words of a bitmap in shared memory; more units come piece by piece
+STATIC_SHARED = 44 * 1024  # bytes of shared memory that a program takes itself; 48 KB are the limit, Triton's own included
+BUFFER = 24 * 1024  # bytes of lists and groups that are put together in shared memory: several programs share it
 WORDS = 128  # words of 32 bits that a program packs from a mask
 
 _RANGES: dict[str, Range] = dict.fromkeys(
@@ -50,7 +52,9 @@ class Work:
     """How one table is made: the method, and for a sorted list the lanes that hold it.
 
     `partner` is a table that is made beside it: the ends of the runs whose starts these are; the groups, of `words`
-    words each, of the units that are marked.
+    words each, of the units that are marked. These are marked in shared memory, in a bitmap of `bitmap` words, or,
+    where that is 0, in global memory; `lanes` is then what lists are put together in, if they are short. Of given
+    lists a program looks at `width` entries at a time, of several rows.
     """
 
     op: Op
@@ -58,6 +62,8 @@ class Work:
     lanes: int = 0
     partner: str = ""
     words: int = 0
+    bitmap: int = 0
+    width: int = 0
 
     @property
     def name(self) -> str:
@@ -81,6 +87,27 @@ class Work:
         return LANES // self.lanes if self.lanes else 4
 
     @property
+    def chunk(self) -> int:
+        """Entries, or words of a bitmap, that a program looks at together."""
+        return min(LANES, 4 * self.bitmap) if self.bitmap else LANES
+
+    @property
+    def places(self) -> int:
+        """Entries of a list, and their groups, that are put together in shared memory."""
+        fit = min(BUFFER, STATIC_SHARED - 8 * self.bitmap) // (4 * (1 + self.words))
+        return min(1 << fit.bit_length() - 1, self.lanes or fit)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: a bitmap, a rank for each of its words, and a part of the tables."""
+        return 8 * self.bitmap + 4 * (1 + self.words) * self.places if self.bitmap else 0
+
+    @property
+    def scratch(self) -> bool:
+        """Whether it takes global memory beside the table."""
+        return self.method == "runs" or (self.method == "marked" and not self.bitmap)
+
+    @property
     def span(self) -> int:
         """Groups of rows that a row tile can cross."""
         op = self.op
@@ -102,7 +129,10 @@ class Planning:
     packed: bool = False
 
     def __str__(self) -> str:
-        made = (f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.op}" for work in self.works)
+        made = (
+            f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.bitmap or ''} {work.width or ''} {work.op}"
+            for work in self.works
+        )
         heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
         call = f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}{', packed' if self.packed else ''}"
         return f"{call}; heads: {heads}\n{''.join(made)}"
@@ -110,6 +140,15 @@ class Planning:
     def of(self, entry: str) -> tuple[Work, ...]:
         """The tables that a kernel makes."""
         return tuple(work for work in self.works if (work.method in _LATE) == (entry == SPLIT))
+
+    def shared(self, entry: str) -> int:
+        """Bytes of shared memory that a kernel takes beside Triton's own."""
+        return max((work.shared for work in self.of(entry)), default=0)
+
+    @property
+    def warps(self) -> int:
+        """Of a program: long lists keep more of them busy."""
+        return 8 if any(work.bitmap > BITMAPS[0] for work in self.works) else 4
 
     def read_by(self, work: Work) -> tuple[str, ...]:
         """The tables that a table is made from."""
@@ -128,18 +167,22 @@ def is_beside(groups: Op, units: Op) -> bool:
     return groups.kind == "groups" and units.kind == "units" and wanted == [*units.attrs[2:]]
 
 
-def method_of(op: Op, entries: int, words: int) -> Work | None:
+def method_of(op: Op, entries: int, words: int, shared: bool = False) -> Work | None:
     """How a table is made; None where no kernel makes it.
 
     Lists of `entries` entries, repeats included, are sorted or go through a bitmap of `words` words. Short lists sort
     twice as fast; of long ones, marking bits and reading them takes a third of the time, but for very long bitmaps.
+    `shared` says whether bitmaps may lie in shared memory.
     """
-    if op.kind == "units" and op["mask"] is None and op["indptr"] is None:
+    if op.kind == "units" and op["mask"] is None:
         lanes = next((lanes for lanes in LIST_LANES if entries <= lanes), 0)
         short = 0 < lanes < LIST_LANES[-1] or (lanes > 0 and words > SPARSE * entries)
-        return Work(op, "sorted", lanes) if short else Work(op, "marked")
+        if short and op["indptr"] is None:
+            return Work(op, "sorted", lanes)
+        bitmap = next((size for size in BITMAPS if words <= size), BITMAPS[-1])
+        return Work(op, "marked", lanes, bitmap=bitmap) if shared else Work(op, "marked")
     if op.kind == "units":
-        return Work(op, "marked" if op["mask"] is None else "compacted")
+        return Work(op, "compacted")
     if op.kind == "bits":
         if op["mask"] is not None:
             return Work(op, "transposed" if op["by_unit"] else "packed")
@@ -165,6 +208,13 @@ def together(works: Sequence[Work]) -> tuple[Work, ...]:
     return tuple(work for work in found if work.name not in partners)
 
 
+def sides(work: Work, count: int) -> Work:
+    """`work` with the entries of a row, of `count`, that a program looks at together with those of other rows."""
+    least = work.chunk >> work.span.bit_length() - 1
+    widths = [1 << bit for bit in range(work.chunk.bit_length()) if 1 << bit >= max(least, 32)]
+    return replace(work, width=min(reversed(widths), key=lambda width: -(-count // width) * width))
+
+
 def ends_beside(op: Op, ops: Sequence[Op]) -> str:
     """The table of the ends of the runs whose starts are `op`."""
     wanted = {**dict(op.attrs), "name": "", "part": "ends"}
@@ -185,7 +235,7 @@ def parameters(planning: Planning, entry: str) -> tuple[Parameter, ...]:
         found += (Parameter(f"{name}_table_{size}", "i32") for size in ("rows", "cols"))
     for work in works:
         found += (Parameter(name, "*i32", changes=True) for name in (work.name, work.partner) if name)
-        if work.method in SCRATCH:
+        if work.scratch:
             found += (Parameter(f"{work.name}_words", "*i32", changes=True), Parameter(f"{work.name}_step", "i32"))
         found += (Parameter(f"{work.name}_{size}", "i32") for size in ("heads", "rows", "cols", "lists", "end"))
     return tuple(found)
@@ -250,6 +300,7 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "slots": {entry: [slot.index for slot in slots(planning, entry)] for entry in ENTRIES},
         "read": {COLLECT: (), SPLIT: reads(planning)},
         "arguments": {work.name: _arguments(work, planning) for work in works},
+        "shared": {entry: planning.shared(entry) for entry in ENTRIES},
         "call": [parameter.name for parameter in _call(planning)],
         "q_offset": planning.q_offset,
         "kv_lengths": planning.kv_lengths,
@@ -259,7 +310,6 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "limits": {work.name: _limits(work.op, planning.packed) for work in bounds},
         "operations": {node.op for work in bounds for limit in split_limits(work.op) for node in walk(limit)},
         "methods": {work.method for work in works},
-        "ranked": any(work.words for work in works),
         "lanes": LANES,
         "tiles": TILES,
         "words": WORDS,
@@ -272,8 +322,9 @@ _HEADS = {"one": "0", "kv": "hk", "q": "h"}
 def _arguments(work: Work, planning: Planning) -> list[str]:
     """What the function of a table takes beside its program, the table and the call's scalars."""
     data = [f"data_{slot.index}" for slot in work.slots] if work.method != "splits" else []
-    scratch = [f"{work.name}_words", f"{work.name}_step"] if work.method in SCRATCH else []
+    scratch = [f"{work.name}_words", f"{work.name}_step"] if work.scratch else []
     scratch += [work.partner] if work.partner else []
+    scratch += ["memory"] if work.shared else []
     return [*data, *scratch, *(f"{name}_table" for name in planning.read_by(work))]
 
 

@@ -39,10 +39,10 @@ def test_agrees_with_tensor_operations_in_the_interpreter() -> None:
 PACKED = packed_lengths(q_offset=torch.zeros(5, dtype=torch.int64), block_m=128, block_n=64)
 
 
-def planning_of(kind: str, call: Lengths = CALL) -> Planning:
+def planning_of(kind: str, call: Lengths = CALL, arch: str = "sm_90") -> Planning:
     """What the kernels of a kind make on a GPU."""
-    made_by, builder, _ = planned(KINDS[kind], call)
-    return made_by.planning(builder)
+    levels, builder = lowered_builder(KINDS[kind], call)
+    return planner(levels.program, Target.of(arch)).planning(builder)
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,16 @@ def planning_of(kind: str, call: Lengths = CALL) -> Planning:
     ],
 )  # fmt: skip
 def test_compiles_ahead_of_time(kind: str, call: Lengths, arch: str) -> None:
-    planning = planning_of(kind, call)
+    planning = planning_of(kind, call, arch)
     for entry in ENTRIES:
         if not planning.of(entry):
             continue
         kinds = {"*index": "*i64", "unit": "constexpr"}
         types = {p.name: kinds.get(p.type, p.type) for p in plan.parameters(planning, entry)}
         constants = {name: 1 for name, kind in types.items() if kind == "constexpr"}
-        built = compile_ahead(Specialised(source_path(planning), entry, types, constants), Target.of(arch))
-        assert built.metadata.shared <= Target.of(arch).smem_bytes
+        function = Specialised(source_path(planning), entry, types, constants, warps=planning.warps)
+        built = compile_ahead(function, Target.of(arch))
+        assert built.metadata.shared + planning.shared(entry) <= Target.of(arch).smem_bytes
 
 
 def test_what_no_kernel_makes_is_left_to_tensor_operations() -> None:
