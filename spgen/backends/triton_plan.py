@@ -95,7 +95,7 @@ class Planner:
         return Planning(
             plan.together([work for work in works if work is not None]),
             tuple((op["name"], op["heads"]) for op in self.tables), mode, sequences.kv_lengths is not None,
-            sequences.packed,
+            sequences.packed, self.driver_launches,
         )  # fmt: skip
 
     def _work(self, op: Op, sizes: Sizes) -> Work | None:
@@ -105,9 +105,9 @@ class Planner:
         if op.kind not in ("units", "bits", "groups") or op["mask"] is not None:
             return plan.method_of(op, 0, 0)
         lists = op["indptr"] is None
-        entries = entries_of(op, sizes) if lists else sizes.units(op)
+        entries = entries_of(op, sizes) if lists and op.kind == "units" else sizes.units(op)
         work = plan.method_of(op, entries, _words(op, sizes), self.driver_launches)
-        return plan.sides(work, sizes.last(op["indices"])) if work and lists and work.method != "sorted" else work
+        return plan.sides(work, sizes.last(op["indices"])) if work and lists and not work.side_by_side else work
 
     def function(self, entry: str, planning: Planning, types: Mapping[str, str], fixed: Mapping[str, int],
                  device: torch.device) -> Function:  # fmt: skip
@@ -115,8 +115,8 @@ class Planner:
         key = (planning, entry, tuple(types.items()), device.index)
         if key not in self._functions:
             constants = {name: 1 for name, kind in types.items() if kind == "constexpr"}
-            one = Specialised(source_path(planning), entry, types, constants, warps=planning.warps)
-            fields = {"kernel": f"{entry}: {planning}", "variant": dict(types), "warps": planning.warps}
+            one = Specialised(source_path(planning), entry, types, constants, warps=plan.WARPS)
+            fields = {"kernel": f"{entry}: {planning}", "variant": dict(types), "warps": plan.WARPS}
             built = triton_binary.binary(fields, self.target, lambda: (one, compile_ahead(one, self.target)))
             with torch.cuda.device(device):
                 self._functions[key] = built.load(
@@ -160,7 +160,7 @@ class _Launch:
             parameter.name: next(found) if parameter.changes else self._fixed[parameter.name]
             for parameter in plan.parameters(self._planning, self._entry)
         }
-        options = {} if triton_interpreted() else {"num_warps": self._planning.warps}
+        options = {} if triton_interpreted() else {"num_warps": plan.WARPS}
         getattr(_module(source_path(self._planning)), self._entry)[self._grid,](**arguments, **options)
 
 
@@ -287,11 +287,11 @@ def _words(op: Op, sizes: Sizes) -> int:
 
 
 def _scratch(work: Work, shape: Shape, sizes: Sizes) -> int:
-    """Words of memory beside a table: bitmaps, with ranks where groups are marked, or offsets and their order."""
+    """Words of memory beside a table: bitmaps with the ranks of their words, or offsets and their order."""
     if work.method == "runs":
         words = 2 * sizes.last(work.op["offsets"])
     else:
-        words = _words(work.op, sizes) * (2 if work.words else 1)
+        words = 2 * _words(work.op, sizes)
     return _programs(work, shape, sizes) * words
 
 
@@ -301,7 +301,7 @@ def _programs(work: Work, shape: Shape, sizes: Sizes) -> int:
     lists = batch * heads * rows
     if work.method == "marked" and not work.bitmap:
         return min(lists, _MARKERS, max(_FEW_MARKERS, _BITMAP_WORDS // max(_words(work.op, sizes), 1)))
-    if work.method in ("compacted", "sorted"):
+    if work.side_by_side:
         return -(-lists // work.list_rows)
     if work.method == "runs":
         return 2 * lists

@@ -23,7 +23,10 @@ LIST_LANES: tuple[int, ...] = (64, 256, LANES)  # lengths of lists that are sort
 SPARSE = 4  # words of a bitmap for each entry: beyond them even long lists are sorted
 _LATE = ("splits", "groups")  # what `split` makes
 TILES = 128  # row tiles whose position bounds a program computes
+FRACTIONS = 4  # of a list, between which a search decides at a time
+WARPS = 4  # of a program
 BITMAPS: tuple[int, ...] = (64, 1024, 4096)  # words of a bitmap in shared memory; more units come piece by piece
+SHORT = 32  # words of a bitmap that many short lists have side by side
 STATIC_SHARED = 44 * 1024  # bytes of shared memory that a program takes itself; 48 KB are the limit, Triton's own included
 BUFFER = 24 * 1024  # bytes of lists and groups that are put together in shared memory: several programs share it
 WORDS = 128  # words of 32 bits that a program packs from a mask
@@ -54,7 +57,7 @@ class Work:
     `partner` is a table that is made beside it: the ends of the runs whose starts these are; the groups, of `words`
     words each, of the units that are marked. These are marked in shared memory, in a bitmap of `bitmap` words, or,
     where that is 0, in global memory; `lanes` is then what lists are put together in, if they are short. Of given
-    lists a program looks at `width` entries at a time, of several rows.
+    lists a program looks at `width` entries at a time, of several rows; `whole` rows, if there are no more.
     """
 
     op: Op
@@ -64,6 +67,7 @@ class Work:
     words: int = 0
     bitmap: int = 0
     width: int = 0
+    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -82,8 +86,13 @@ class Work:
         return 2 if by_row and slot in (op["mask"], op["indices"]) else 1
 
     @property
+    def side_by_side(self) -> bool:
+        """Whether a program makes several lists at a time."""
+        return self.method in ("compacted", "sorted", "short")
+
+    @property
     def list_rows(self) -> int:
-        """Lists that a program sorts, or compacts, side by side."""
+        """How many lists those are."""
         return LANES // self.lanes if self.lanes else 4
 
     @property
@@ -98,9 +107,15 @@ class Work:
         return min(1 << fit.bit_length() - 1, self.lanes or fit)
 
     @property
+    def copied(self) -> int:
+        """Words that are copied together from there."""
+        return min(4 * LANES, self.places)
+
+    @property
     def shared(self) -> int:
         """Bytes of shared memory: a bitmap, a rank for each of its words, and a part of the tables."""
-        return 8 * self.bitmap + 4 * (1 + self.words) * self.places if self.bitmap else 0
+        parts = 4 * (1 + self.words) * self.places if self.method == "marked" else 0
+        return 8 * self.bitmap + parts if self.bitmap else 0
 
     @property
     def scratch(self) -> bool:
@@ -119,7 +134,8 @@ class Work:
 class Planning:
     """The tables that the kernels make, and which arguments they take: `q_offset` as in a level-3 kernel.
 
-    In a packed batch the kernels find sequences by cu_seqlens_q and cu_seqlens_k.
+    In a packed batch the kernels find sequences by cu_seqlens_q and cu_seqlens_k. `ptx`: they may use PTX, which reaches
+    shared memory.
     """
 
     works: tuple[Work, ...]
@@ -127,14 +143,16 @@ class Planning:
     q_offset: str
     kv_lengths: bool
     packed: bool = False
+    ptx: bool = False
 
     def __str__(self) -> str:
         made = (
-            f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.bitmap or ''} {work.width or ''} {work.op}"
+            f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.bitmap or ''} {work.width or ''} {work.whole or ''} {work.op}"
             for work in self.works
         )
         heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
         call = f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}{', packed' if self.packed else ''}"
+        call += ", ptx" if self.ptx else ""
         return f"{call}; heads: {heads}\n{''.join(made)}"
 
     def of(self, entry: str) -> tuple[Work, ...]:
@@ -144,11 +162,6 @@ class Planning:
     def shared(self, entry: str) -> int:
         """Bytes of shared memory that a kernel takes beside Triton's own."""
         return max((work.shared for work in self.of(entry)), default=0)
-
-    @property
-    def warps(self) -> int:
-        """Of a program: long lists keep more of them busy."""
-        return 8 if any(work.bitmap > BITMAPS[0] for work in self.works) else 4
 
     def read_by(self, work: Work) -> tuple[str, ...]:
         """The tables that a table is made from."""
@@ -178,6 +191,8 @@ def method_of(op: Op, entries: int, words: int, shared: bool = False) -> Work | 
         lanes = next((lanes for lanes in LIST_LANES if entries <= lanes), 0)
         short = 0 < lanes < LIST_LANES[-1] or (lanes > 0 and words > SPARSE * entries)
         if short and op["indptr"] is None:
+            if shared and words <= SHORT:
+                return Work(op, "short", lanes, bitmap=SHORT * (LANES // lanes + 1))
             return Work(op, "sorted", lanes)
         bitmap = next((size for size in BITMAPS if words <= size), BITMAPS[-1])
         return Work(op, "marked", lanes, bitmap=bitmap) if shared else Work(op, "marked")
@@ -212,7 +227,8 @@ def sides(work: Work, count: int) -> Work:
     """`work` with the entries of a row, of `count`, that a program looks at together with those of other rows."""
     least = work.chunk >> work.span.bit_length() - 1
     widths = [1 << bit for bit in range(work.chunk.bit_length()) if 1 << bit >= max(least, 32)]
-    return replace(work, width=min(reversed(widths), key=lambda width: -(-count // width) * width))
+    width = min(reversed(widths), key=lambda width: -(-count // width) * width)
+    return replace(work, width=width, whole=count <= width)
 
 
 def ends_beside(op: Op, ops: Sequence[Op]) -> str:
@@ -305,6 +321,7 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "q_offset": planning.q_offset,
         "kv_lengths": planning.kv_lengths,
         "packed": planning.packed,
+        "ptx": planning.ptx,
         "reads": {work.name: planning.read_by(work) for work in works},
         "heads": {name: _HEADS[heads] for name, heads in planning.heads},
         "limits": {work.name: _limits(work.op, planning.packed) for work in bounds},
@@ -312,6 +329,7 @@ def symbols(planning: Planning) -> dict[str, Any]:
         "methods": {work.method for work in works},
         "lanes": LANES,
         "tiles": TILES,
+        "fractions": FRACTIONS,
         "words": WORDS,
     }
 

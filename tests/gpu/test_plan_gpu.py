@@ -47,6 +47,9 @@ def numbers(high: int, *shape: int) -> torch.Tensor:
     return torch.randint(-3, high + 3, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
+FAR = 300_000  # keys: more than a bitmap in shared memory has bits
+
+
 def _long() -> dict[str, tuple[Pattern, Lengths]]:
     """Every way of making a table, with lists that fill several programs."""
     n = 16384
@@ -58,6 +61,7 @@ def _long() -> dict[str, tuple[Pattern, Lengths]]:
     indptr = torch.nn.functional.pad(counts.cumsum(-1), (1, 0))
     entries = numbers(n // 128, 8, int(indptr.max()))
     causal = sp.causal()
+    far = Lengths(64, FAR, 2, 2, block_m=32, block_n=64)
     return {
         "mask": (causal & sp.block(128, mask=mask), call),
         "mask of small blocks": (causal & sp.block(32, 64, mask=fine), call),
@@ -70,6 +74,9 @@ def _long() -> dict[str, tuple[Pattern, Lengths]]:
         "columns": (causal & sp.columns(numbers(n, 8, 1000)), call),
         "many columns": (causal & sp.columns(numbers(n, 8, 3000)), call),
         "columns of many": (sp.columns(numbers(2**18, 2, 900)), Lengths(256, 2**18, 2, 2, block_m=128, block_n=64)),
+        "tokens of a long cache": (sp.top_k(numbers(FAR, 2, 64, 2000)), far),
+        "compressed rows of a long cache": (sp.block(16, 1, indptr=torch.tensor([[0, 4000, 4100, 8000, 9000]]), indices=numbers(FAR, 2, 9000)), far),
+        "columns of a long cache": (causal & sp.columns(numbers(FAR, 2, 20000)), far),
         "offsets": (causal & sp.vertical_slash(numbers(n, 8, 1000), numbers(n, 2, 6000)), call),
         "columns beside others": (
             causal & (sp.window(100) | sp.columns(numbers(n, 40)) | sp.block(128, mask=mask)),

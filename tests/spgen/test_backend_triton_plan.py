@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from spgen.settings import override
 from spgen.tables import Builder
 from spgen.target import Target
 from spgen.templates.triton import plan
-from spgen.templates.triton.plan import ENTRIES, SPLIT, Planning
+from spgen.templates.triton.plan import COLLECT, ENTRIES, SPLIT, Planning
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths, lowered_builder
 from tests.plans import packed_lengths, planned
@@ -50,7 +51,7 @@ def planning_of(kind: str, call: Lengths = CALL, arch: str = "sm_90") -> Plannin
     [
         ("odd blocks", CALL, "sm_80"), ("vertical and slash", CALL, "sm_90"), ("documents", CALL, "gfx942"),
         ("vertical and slash", PACKED, "sm_80"), ("tokens", PACKED, "sm_90"), ("everything", PACKED, "gfx942"),
-        ("tokens", CALL, "gfx942"),
+        ("tokens", CALL, "gfx942"), ("tokens", CALL, "sm_80"), ("lists", CALL, "sm_90"), ("blocks", CALL, "sm_80"),
     ],
 )  # fmt: skip
 def test_compiles_ahead_of_time(kind: str, call: Lengths, arch: str) -> None:
@@ -61,9 +62,9 @@ def test_compiles_ahead_of_time(kind: str, call: Lengths, arch: str) -> None:
         kinds = {"*index": "*i64", "unit": "constexpr"}
         types = {p.name: kinds.get(p.type, p.type) for p in plan.parameters(planning, entry)}
         constants = {name: 1 for name, kind in types.items() if kind == "constexpr"}
-        function = Specialised(source_path(planning), entry, types, constants, warps=planning.warps)
+        function = Specialised(source_path(planning), entry, types, constants, warps=plan.WARPS)
         built = compile_ahead(function, Target.of(arch))
-        assert built.metadata.shared + planning.shared(entry) <= Target.of(arch).smem_bytes
+        assert built.metadata.shared + planning.shared(entry) <= 48 * 1024  # what a block may use without asking
 
 
 def test_what_no_kernel_makes_is_left_to_tensor_operations() -> None:
@@ -82,6 +83,29 @@ def test_groups_are_made_beside_the_bitmap_of_their_units() -> None:
     planning = planning_of("tokens")
     assert {work.op.kind for work in planning.of(SPLIT)} == {"splits"}
     assert [work.partner for work in planning.works if work.method == "marked"] == ["groups_0"]
+
+
+@pytest.mark.parametrize(("arch", "shared"), [("sm_80", True), ("sm_90", True), ("gfx942", False)])
+def test_bitmaps_lie_in_shared_memory_where_ptx_reaches_it(arch: str, shared: bool) -> None:
+    planning = planning_of("tokens", arch=arch)
+    assert [work.bitmap > 0 for work in planning.works if work.method == "marked"] == [shared]
+    assert (planning.shared(COLLECT) > 0) is shared
+    assert planning.shared(SPLIT) == 0
+    assert ("red.shared.or" in source_path(planning).read_text()) is shared
+
+
+@pytest.mark.parametrize("units", [1, 2048, 2049, 2**15, 2**17, 2**20])
+@pytest.mark.parametrize("entries", [3, 300, 5000])
+@pytest.mark.parametrize("words", [0, 1, 2, 8])
+def test_lists_fit_shared_memory(units: int, entries: int, words: int) -> None:
+    op = next(work.op for work in planning_of("tokens").works if work.method == "marked")
+    work = plan.method_of(op, entries, -(-units // 32), shared=True)
+    assert work is not None
+    work = plan.sides(replace(work, words=words), entries)
+    assert work.shared <= plan.STATIC_SHARED
+    assert work.method == "sorted" or work.bitmap >= min(-(-units // 32), plan.BITMAPS[-1])
+    assert work.chunk % work.width == 0
+    assert work.places % work.copied == 0
 
 
 class Refusing:
