@@ -107,7 +107,7 @@ class Planner:
         lists = op["indptr"] is None
         entries = entries_of(op, sizes) if lists and op.kind == "units" else sizes.units(op)
         work = plan.method_of(op, entries, _words(op, sizes), self.driver_launches)
-        return plan.sides(work, sizes.last(op["indices"])) if work and lists and not work.side_by_side else work
+        return plan.with_width(work, sizes.last(op["indices"])) if work and lists and not work.side_by_side else work
 
     def function(self, entry: str, planning: Planning, types: Mapping[str, str], fixed: Mapping[str, int],
                  device: torch.device) -> Function:  # fmt: skip
@@ -288,11 +288,8 @@ def _words(op: Op, sizes: Sizes) -> int:
 
 def _scratch(work: Work, shape: Shape, sizes: Sizes) -> int:
     """Words of memory beside a table: bitmaps with the ranks of their words, or offsets and their order."""
-    if work.method == "runs":
-        words = 2 * sizes.last(work.op["offsets"])
-    else:
-        words = 2 * _words(work.op, sizes)
-    return _programs(work, shape, sizes) * words
+    words = sizes.last(work.op["offsets"]) if work.method == "runs" else _words(work.op, sizes)
+    return _programs(work, shape, sizes) * 2 * words
 
 
 def _programs(work: Work, shape: Shape, sizes: Sizes) -> int:

@@ -19,15 +19,17 @@ COLLECT, SPLIT = "collect", "split"
 ENTRIES = (COLLECT, SPLIT)
 
 LANES = 1024  # elements that a program looks at together
-LIST_LANES: tuple[int, ...] = (64, 256, LANES)  # lengths of lists that are sorted; longer ones go through a bitmap
+LIST_LANES: tuple[int, ...] = (64, 256, LANES)  # lengths of lists that can be sorted; others go through a bitmap
 SPARSE = 4  # words of a bitmap for each entry: beyond them even long lists are sorted
 _LATE = ("splits", "groups")  # what `split` makes
-TILES = 128  # row tiles whose position bounds a program computes
+TILES = 32  # row tiles whose position bounds a program computes
 FRACTIONS = 4  # of a list, between which a search decides at a time
 WARPS = 4  # of a program
 BITMAPS: tuple[int, ...] = (64, 1024, 4096)  # words of a bitmap in shared memory; more units come piece by piece
 SHORT = 32  # words of a bitmap that many short lists have side by side
-STATIC_SHARED = 44 * 1024  # bytes of shared memory that a program takes itself; 48 KB are the limit, Triton's own included
+STATIC_SHARED = (
+    44 * 1024
+)  # bytes of shared memory that a program takes itself; 48 KB are the limit, Triton's own included
 BUFFER = 24 * 1024  # bytes of lists and groups that are put together in shared memory: several programs share it
 WORDS = 128  # words of 32 bits that a program packs from a mask
 
@@ -52,12 +54,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Work:
-    """How one table is made: the method, and for a sorted list the lanes that hold it.
+    """How one table is made: the method, and for a list of few entries the lanes that hold it (0: it has more).
 
     `partner` is a table that is made beside it: the ends of the runs whose starts these are; the groups, of `words`
-    words each, of the units that are marked. These are marked in shared memory, in a bitmap of `bitmap` words, or,
-    where that is 0, in global memory; `lanes` is then what lists are put together in, if they are short. Of given
-    lists a program looks at `width` entries at a time, of several rows; `whole` rows, if there are no more.
+    words each, of the units that are marked. A bitmap of `bitmap` words lies in shared memory; in global memory where
+    that is 0. Of given lists a program looks at `width` entries of each row at a time, which may be the `whole` row.
     """
 
     op: Op
@@ -68,6 +69,12 @@ class Work:
     bitmap: int = 0
     width: int = 0
     whole: bool = False
+
+    @property
+    def sizes(self) -> str:
+        """What the text of a planning says of it beside the operation."""
+        shown = (self.lanes, self.partner, self.words, self.bitmap, self.width, self.whole)
+        return " ".join([self.method, *map(str, shown)])
 
     @property
     def name(self) -> str:
@@ -134,8 +141,8 @@ class Work:
 class Planning:
     """The tables that the kernels make, and which arguments they take: `q_offset` as in a level-3 kernel.
 
-    In a packed batch the kernels find sequences by cu_seqlens_q and cu_seqlens_k. `ptx`: they may use PTX, which reaches
-    shared memory.
+    In a packed batch the kernels find sequences by cu_seqlens_q and cu_seqlens_k. With `ptx` they may use PTX, by which
+    they reach shared memory.
     """
 
     works: tuple[Work, ...]
@@ -146,10 +153,7 @@ class Planning:
     ptx: bool = False
 
     def __str__(self) -> str:
-        made = (
-            f"{work.method} {work.lanes} {work.partner} {work.words or ''} {work.bitmap or ''} {work.width or ''} {work.whole or ''} {work.op}"
-            for work in self.works
-        )
+        made = (f"{work.sizes} {work.op}" for work in self.works)
         heads = ", ".join(f"{name} {heads}" for name, heads in self.heads)
         call = f"q_offset {self.q_offset}, kv_lengths {self.kv_lengths}{', packed' if self.packed else ''}"
         call += ", ptx" if self.ptx else ""
@@ -183,19 +187,20 @@ def is_beside(groups: Op, units: Op) -> bool:
 def method_of(op: Op, entries: int, words: int, shared: bool = False) -> Work | None:
     """How a table is made; None where no kernel makes it.
 
-    Lists of `entries` entries, repeats included, are sorted or go through a bitmap of `words` words. Short lists sort
-    twice as fast; of long ones, marking bits and reading them takes a third of the time, but for very long bitmaps.
-    `shared` says whether bitmaps may lie in shared memory.
+    Lists of `entries` entries, repeats included, are sorted or go through a bitmap of `words` words: sorted if they are
+    short, or the bitmap is very long. `shared` says whether bitmaps may lie in shared memory, where marking pays for
+    short lists too.
     """
     if op.kind == "units" and op["mask"] is None:
         lanes = next((lanes for lanes in LIST_LANES if entries <= lanes), 0)
-        short = 0 < lanes < LIST_LANES[-1] or (lanes > 0 and words > SPARSE * entries)
-        if short and op["indptr"] is None:
-            if shared and words <= SHORT:
+        if op["indptr"] is None:
+            if shared and 0 < lanes < LIST_LANES[-1] and words <= SHORT:
                 return Work(op, "short", lanes, bitmap=SHORT * (LANES // lanes + 1))
-            return Work(op, "sorted", lanes)
-        bitmap = next((size for size in BITMAPS if words <= size), BITMAPS[-1])
-        return Work(op, "marked", lanes, bitmap=bitmap) if shared else Work(op, "marked")
+            if 0 < lanes <= LIST_LANES[0 if shared else -2] or (lanes > 0 and words > SPARSE * entries):
+                return Work(op, "sorted", lanes)
+        if not shared:
+            return Work(op, "marked")
+        return Work(op, "marked", lanes, bitmap=next((size for size in BITMAPS if words <= size), BITMAPS[-1]))
     if op.kind == "units":
         return Work(op, "compacted")
     if op.kind == "bits":
@@ -223,8 +228,8 @@ def together(works: Sequence[Work]) -> tuple[Work, ...]:
     return tuple(work for work in found if work.name not in partners)
 
 
-def sides(work: Work, count: int) -> Work:
-    """`work` with the entries of a row, of `count`, that a program looks at together with those of other rows."""
+def with_width(work: Work, count: int) -> Work:
+    """`work` with how many of a row's `count` entries a program looks at at a time: as few lanes as possible idle."""
     least = work.chunk >> work.span.bit_length() - 1
     widths = [1 << bit for bit in range(work.chunk.bit_length()) if 1 << bit >= max(least, 32)]
     width = min(reversed(widths), key=lambda width: -(-count // width) * width)

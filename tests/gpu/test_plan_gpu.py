@@ -75,7 +75,10 @@ def _long() -> dict[str, tuple[Pattern, Lengths]]:
         "many columns": (causal & sp.columns(numbers(n, 8, 3000)), call),
         "columns of many": (sp.columns(numbers(2**18, 2, 900)), Lengths(256, 2**18, 2, 2, block_m=128, block_n=64)),
         "tokens of a long cache": (sp.top_k(numbers(FAR, 2, 64, 2000)), far),
-        "compressed rows of a long cache": (sp.block(16, 1, indptr=torch.tensor([[0, 4000, 4100, 8000, 9000]]), indices=numbers(FAR, 2, 9000)), far),
+        "compressed rows of a long cache": (
+            sp.block(16, 1, indptr=torch.tensor([[0, 4000, 4100, 8000, 9000]]), indices=numbers(FAR, 2, 9000)),
+            far,
+        ),
         "columns of a long cache": (causal & sp.columns(numbers(FAR, 2, 20000)), far),
         "offsets": (causal & sp.vertical_slash(numbers(n, 8, 1000), numbers(n, 2, 6000)), call),
         "columns beside others": (
@@ -155,7 +158,7 @@ def test_packed_plans_are_captured() -> None:
 
 
 def test_bitmaps_are_shared_by_many_lists() -> None:
-    """More lists than there are programs, so that each program's bitmap serves several."""
+    """More lists than programs run at a time; bitmaps in global memory serve several of them."""
     index = numbers(4096, 4, 4096, 300)
     assert_same_tables(sp.top_k(index), Lengths(4096, 4096, 4, 4, block_m=1, block_n=64), "cuda")
     assert_same_tables(sp.top_k(index), Lengths(4096, 4096, 4, 4, block_m=2, block_n=64), "cuda")

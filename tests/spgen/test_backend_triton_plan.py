@@ -22,7 +22,7 @@ from spgen.templates.triton import plan
 from spgen.templates.triton.plan import COLLECT, ENTRIES, SPLIT, Planning
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths, lowered_builder
-from tests.plans import packed_lengths, planned
+from tests.plans import packed_lengths
 
 CALL = Lengths(LENGTH, LENGTH, 4, 2, block_m=128, block_n=64)
 
@@ -101,7 +101,7 @@ def test_lists_fit_shared_memory(units: int, entries: int, words: int) -> None:
     op = next(work.op for work in planning_of("tokens").works if work.method == "marked")
     work = plan.method_of(op, entries, -(-units // 32), shared=True)
     assert work is not None
-    work = plan.sides(replace(work, words=words), entries)
+    work = plan.with_width(replace(work, words=words), entries)
     assert work.shared <= plan.STATIC_SHARED
     assert work.method == "sorted" or work.bitmap >= min(-(-units // 32), plan.BITMAPS[-1])
     assert work.chunk % work.width == 0
