@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from spgen.target import Target, modelled
 
-SHARES = ("products", "short", "threefold", "memory")  # of a rate that the data sheet states: below 1
+SHARES = ("products", "short", "threefold", "memory", "specialised")  # of a rate that the data sheet states: below 1
 SPREAD = "spread"  # by which factor times lay off, when calls were predicted that the fit had not seen
 _UNMEASURED = 2.0  # the spread that is assumed
 _FAMILY = 1.5  # by which a spread grows on another architecture
@@ -34,6 +34,8 @@ GPU: Mapping[str, float] = {
     "pointers": 0.6,  # operations to address a byte where there are no tensor descriptors
     "search": 3e-7,  # seconds to find columns that were not read one tile ahead
     "spill": 1.5,  # operations for a byte that is spilled
+    "specialised": 0.66,  # share of the peak that warps reach which do nothing but multiply and the softmax
+    "boundary": 1.5e-6,  # seconds that such a program takes from one row tile to the next
     "program": 3e-6,  # seconds that a program takes beside its tiles
     "longest": 1.0,  # weight of the longest program
     "memory": 0.85,  # share of the bandwidth that is reached

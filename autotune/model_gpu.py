@@ -37,6 +37,8 @@ def terms(
     a chain of products, softmax and waiting. So a tile takes the larger of what is shared and of the chain over the
     programs that share, joined smoothly, as such overlap is never perfect.
     """
+    if config.option("warpgroups"):
+        return _specialised(work, config, target, values)
     call = work
     work, launches = _split(call, config.option("splits", 1))
     share = max(occupancy(config, target, resources), 1)
@@ -62,6 +64,24 @@ def terms(
         **found, "launch": launches * values["launch"],
         "total": launch * math.exp(_adjustment(call, config, values)) + launches * values["launch"],
     }  # fmt: skip
+
+
+def _specialised(work: Work, config: Config, target: Target, values: Mapping[str, float]) -> dict[str, float]:
+    """Of kernels whose row tiles are handed out while they run: products hide all else but a row tile's end."""
+    lanes = padded(work.head_dim), padded(work.value_dim)
+    tile = 2 * config.block_m * config.block_n * sum(lanes) / (
+        (target.peak(work.dtype) or _ASSUMED_PEAK) / target.cores * values["specialised"]
+    )  # fmt: skip
+    share = 2 // config.option("warpgroups")
+    busy = max(min(target.cores, work.programs), 1)
+    found = {
+        "products": work.tiles * tile / busy,
+        "boundary": work.programs * values["boundary"] / share / busy,
+        "longest program": values["longest"] * work.longest * tile + values["boundary"],
+        "memory": work.moved(config) / (target.bandwidth * values["memory"]) if target.bandwidth else 0.0,
+    }
+    launch = _joined((found["products"] + found["boundary"], found["longest program"], found["memory"]), _JOIN)
+    return {**found, "launch": values["launch"], "total": launch + values["launch"]}
 
 
 def _split(work: Work, splits: int) -> tuple[Work, int]:
@@ -173,6 +193,9 @@ def estimated(work: Work, config: Config, target: Target) -> Resources:
     next ones) and of q; without tensor descriptors, the addresses of its part of K and V. Checked against compiled
     kernels on sm_80, sm_90 and gfx942 (docs/notes/cost-model.md).
     """
+    if config.option("warpgroups"):
+        entry = target.registers // (2 // config.option("warpgroups")) // threads_of(config, target) // 8 * 8
+        return Resources(entry, least_shared(config, work, target), 0)
     lanes = padded(work.head_dim), padded(work.value_dim)
     threads, size = threads_of(config, target), BYTES[work.dtype]
     own = config.block_m * (lanes[1] + 2 * config.block_n) / threads

@@ -253,15 +253,15 @@ class Records:
             ) from fault  # fmt: skip
 
     def nearest(
-        self, key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Config], bool] = lambda config: True
+        self, key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Record], bool] = lambda record: True
     ) -> tuple[Record | None, int]:  # fmt: skip
         """The finished record with the nearest sizes, and how many were passed over: other compilers made them.
 
-        Records whose configuration does not suit the call are none of its kind.
+        Records that do not suit the call are none of its kind.
         """
         stale, best, least = 0, None, _FARTHEST
         for record in self:
-            if record.key != key or not record.effort or not suits(record.config):
+            if record.key != key or not record.effort or not suits(record):
                 continue
             distance = record.bucket.distance(bucket)
             if distance > least:

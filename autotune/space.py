@@ -16,6 +16,7 @@ from spgen.target import Target
 
 UNSET = -1
 _TILES = ("block_m", "block_n")
+_FORM = "warpgroups"  # the option by which kernels take a form of their own
 _MOST_REGISTERS = 255  # of a thread
 _OTHERS = 24  # registers beside accumulators and scores
 
@@ -38,15 +39,24 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Space:
-    """Axes and what they must obey together. Iterating gives every legal configuration, the default first."""
+    """Axes and what they must obey together. Iterating gives every legal configuration, the default first.
+
+    Axes vary `plain`; the default may be of another form, of which only single choices are varied.
+    """
 
     default: Config
     axes: Mapping[str, tuple[int, ...]]
     is_legal: Callable[[Config], bool]
+    plain: Config
+    special: tuple[Config, ...] = ()
 
     def __iter__(self) -> Iterator[Config]:
         yield self.default
         seen = {self.default}
+        for config in self.special:
+            if config not in seen:
+                seen.add(config)
+                yield config
         for values in product(*self.axes.values()):
             config = self._made(dict(zip(self.axes, values, strict=True)))
             if config not in seen and self.is_legal(config):
@@ -55,6 +65,8 @@ class Space:
 
     def neighbours(self, config: Config) -> list[Config]:
         """The legal configurations that differ from this one in a single axis."""
+        if config in (self.default, *self.special) and config.option(_FORM):
+            return [other for other in (self.default, *self.special) if other != config]
         own = {name: self._value(config, name) for name in self.axes}
         found = [
             self._made({**own, name: value})
@@ -67,19 +79,31 @@ class Space:
 
     def _made(self, values: Mapping[str, int]) -> Config:
         options = {name: None if value == UNSET else value for name, value in values.items() if name not in _TILES}
-        return self.default.having(block_m=values["block_m"], block_n=values["block_n"], **options)
+        return self.plain.having(block_m=values["block_m"], block_n=values["block_n"], **options)
 
 
-def space_of(kernel: Kernel, target: Target, default: Config, work: Callable[[Config], Work]) -> Space:
+def space_of(
+    kernel: Kernel, target: Target, default: Config, work: Callable[[Config], Work], plain: Config | None = None
+) -> Space:
     """The space of attention kernels on a target; `default` is in it whatever the rules say.
 
-    `work` counts what a configuration makes of the call.
+    `work` counts what a configuration makes of the call. `plain` is the configuration whose choices the axes vary, if
+    it is not the default.
     """
+    plain = plain or default
     axes = _cpu_axes(kernel, target) if target.kind == "cpu" else _gpu_axes(kernel, target)
-    axes = {name: _with(values, default, name) for name, values in axes.items()}
+    axes = {name: _with(values, plain, name) for name, values in axes.items()}
     if target.kind == "cpu":
-        return Space(default, axes, lambda config: fits(config, work(config), target) is None)
-    return Space(default, axes, _gpu_rule(kernel, target, work))
+        return Space(default, axes, lambda config: fits(config, work(config), target) is None, plain)
+    special = _special(default, target, work) if default.option(_FORM) else ()
+    return Space(default, axes, _gpu_rule(kernel, target, work), plain, special)
+
+
+def _special(default: Config, target: Target, work: Callable[[Config], Work]) -> tuple[Config, ...]:
+    """The other configurations of the default's form: as many stages as fit, registers as they can be shared out."""
+    registers = {1: (192, 208, 216), 2: (224, 232, 240)}[default.option(_FORM)]
+    found = (default.having(stages=stages, registers=most) for stages in (2, 3, 4) for most in registers)
+    return tuple(one for one in found if one != default and fits(one, work(one), target) is None)
 
 
 def _with(values: tuple[int, ...], default: Config, name: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol, cast
@@ -84,6 +84,14 @@ class Backend(Protocol):
         `rows` and `cols` are how many neighbouring rows and columns share their data, None if all do; `height` is how
         many rows a row tile could be filled with at most, None if many: maybe a symbol, which is only compared.
         """
+
+    def specialised_config(
+        self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None, height: int | None
+    ) -> Config | None:
+        """What asks for a faster form of kernels that does not serve all of them, if the target has one."""
+
+    def refusal(self, kernel: Op, target: Target) -> str | None:
+        """Why a kernel does not get the form that its schedule asks for; None if it does."""
 
     def build(self, kernel: Op, target: Target) -> Any:
         """The launchable kernel, from the cache or compiled."""
@@ -178,12 +186,18 @@ class Compiled:
     read: tuple[int, ...]
 
 
-def default_config(request: Request, q_len: int | None = None) -> Config:
-    """The configuration of the request's backend where nothing was measured; `q_len` rows if they are known."""
+def default_config(request: Request, q_len: int | None = None, *, plain: bool = False) -> Config:
+    """The configuration of the request's backend where nothing was measured; `q_len` rows if they are known.
+
+    `plain`: that of the form which serves every kernel.
+    """
     node, call = read_short(request.pattern), request.call
     refuse_selections(node)
     pack = request.q_heads // request.kv_heads if request.packed else 1
     height = None if q_len is None else max(q_len, 1) * pack
+    special = None if plain else _specialised(request, height)
+    if special is not None and _refusal(_as_planned(request), special) is None:
+        return special
     return backend_of(request.target).default_config(
         call.head_dim,
         call.value_dim,
@@ -193,6 +207,31 @@ def default_config(request: Request, q_len: int | None = None) -> Config:
         cols=shared_cols(node),
         height=height,
     )
+
+
+def _as_planned(request: Request) -> Request:
+    """The request without what a plan does not know: plans and calls agree on tiles."""
+    call = replace(request.call, lse=False, softcap=False, sinks=False, bias="none")
+    return replace(request, call=call, config=None)
+
+
+def _specialised(request: Request, height: int | None) -> Config | None:
+    call, rows = request.call, shared_rows(read_short(request.pattern))
+    backend = backend_of(request.target)
+    return backend.specialised_config(
+        call.head_dim, call.value_dim, call.dtype, request.target, rows=rows, height=height
+    )
+
+
+@lru_cache(maxsize=1024)
+def _refusal(request: Request, config: Config) -> str | None:
+    return backend_of(request.target).refusal(lower(request, config).kernel, request.target)
+
+
+def why_plain(request: Request) -> str | None:
+    """What keeps a request from the faster form that its target has; None where there is no such form, or nothing."""
+    special = _specialised(request, None)
+    return None if special is None else _refusal(replace(request, config=None), special)
 
 
 @lru_cache(maxsize=4096)

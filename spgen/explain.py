@@ -12,7 +12,7 @@ from torch import Tensor
 from spgen.arguments import Arguments, check, sequences_of
 from spgen.attend import Attention
 from spgen.autotune.model import Prediction, Work, predict
-from spgen.compile import Lowered, Request, backend_of, lowered
+from spgen.compile import Lowered, Request, backend_of, lowered, why_plain
 from spgen.data import check_shapes
 from spgen.ir import expr
 from spgen.ir.config import Config
@@ -52,6 +52,7 @@ class Explanation:
     kernel: Any = field(default=None, repr=False)
     choice: Choice = field(default_factory=Choice)
     dense: str = ""  # what dense="auto" decides
+    plain: str | None = None  # why the target's faster form of kernels does not serve
 
     def __str__(self) -> str:
         lines = [f"pattern    {self.pattern}", f"target     {self.target}", f"call       {self._call()}"]
@@ -99,12 +100,14 @@ class Explanation:
     def _kernel(self) -> str:
         kernel, pack = self.lowered.kernel, self.lowered.pack
         backend = "triton" if self.target.kind != "cpu" else "tvm"
+        form = "gluon" if option(kernel, "warpgroups", 0) else backend
         reasons = [f"row tiles of {kernel['block_m']} x {kernel['block_n']} keys"]
         reasons += [f"{pack} heads of a group share a row tile, because the call has few rows"] if pack > 1 else []
         splits = option(kernel, "splits", 1) if backend == "triton" else 1
         reasons += [f"{splits} programs share its keys, because row tiles are few"] if splits > 1 else []
         reasons += [", ".join(kernel["options"])] if kernel["options"] else []
-        return f"{backend} attention: {'; '.join(reasons)}"
+        reasons += [f"plain, because of {self.plain}"] if self.plain and form == backend else []
+        return f"{form} attention: {'; '.join(reasons)}"
 
 
 def _how(segment: Op) -> str:
@@ -166,7 +169,7 @@ def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Expl
     prediction = predict(work, config_of(levels.kernel), request.target)
     return Explanation(
         request.pattern, request.target, levels, shape, counts, cost, prediction, density, sampled, packed,
-        choice=choice(request, sizes_of(arguments)),
+        choice=choice(request, sizes_of(arguments)), plain=why_plain(request),
     )  # fmt: skip
 
 
@@ -310,7 +313,9 @@ def explain_text(
     request = request_for(pattern_text, call, q_heads, kv_heads, chosen, sizes)
     shape = (batch, q_heads, kv_heads, q_len, kv_len)
     if slots(node) and not data:
-        report = Explanation(pattern_text, chosen, lowered(request), shape, choice=choice(request, sizes))
+        report = Explanation(
+            pattern_text, chosen, lowered(request), shape, choice=choice(request, sizes), plain=why_plain(request)
+        )
     else:
         check_shapes(node, data, q_len=q_len, kv_len=kv_len, q_heads=q_heads, kv_heads=kv_heads, batch=batch)
         q, k = (torch.empty(1).expand(shape) for shape in (q_shape, (batch, kv_heads, kv_len, head_dim)))

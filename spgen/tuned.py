@@ -77,14 +77,17 @@ def config_of(request: Request, sizes: Sizes) -> Config:
     return default_of(request, sizes) if record is None else record.config
 
 
-def default_of(request: Request, sizes: Sizes) -> Config:
+def default_of(request: Request, sizes: Sizes, *, plain: bool = False) -> Config:
     """The configuration of a call for which there is no record: short row tiles, and split keys, where rows are few.
 
     Where the row tiles would leave more than half of a GPU's multiprocessors empty, as many splits as fit share the
     keys: a program for each multiprocessor draws all of the memory's bandwidth (docs/notes/gpu-attention.md).
+    `plain`: of the form that serves every kernel.
     """
-    config = default_config(request, sizes.rows)
+    config = default_config(request, sizes.rows, plain=plain)
     splits = 1 if request.target.kind == "cpu" else _splits(request, sizes, config)
+    if splits > 1 and config.option("warpgroups"):  # that form splits no keys
+        return default_of(request, sizes, plain=True)
     return config if splits == 1 else config.having(splits=splits)
 
 
@@ -111,18 +114,26 @@ def choice(request: Request, sizes: Sizes) -> Choice:
     known = _candidates(request.target, wanted)
     if not known:
         return Choice()
-    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target), _suits(request))
+    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target), _suits(request, sizes))
 
 
-def _suits(request: Request) -> Callable[[Config], bool]:
-    """Whether a configuration serves the call: keys say neither how large a group is nor how float32 is multiplied."""
+def _suits(request: Request, sizes: Sizes) -> Callable[[Record], bool]:
+    """Whether a record speaks of such a call: keys say neither how large a group is nor how float32 is multiplied.
+
+    One that was made when the default had another form does not know today's.
+    """
     group = request.q_heads // request.kv_heads if request.packed else 1
-    products = default_config(request).option("tf32x3")
-    return lambda config: config.block_m >= group and config.option("tf32x3") == products
+    default = default_of(request, sizes)
+
+    def suits(record: Record) -> bool:
+        same = all(record.default.option(name) == default.option(name) for name in ("tf32x3", "warpgroups"))
+        return same and record.config.block_m >= group
+
+    return suits
 
 
 def _nearest(
-    known: Sequence[tuple[Path, Records]], key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Config], bool]
+    known: Sequence[tuple[Path, Records]], key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Record], bool]
 ) -> Choice:
     """Of files that are as good the first one's: the user's come before the shipped."""
     best, stale = Choice(), 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, 
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
 from spgen.backends.triton_launch import Call, Function, TensorMap, driver
+from spgen.errors import CompileError
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
+from spgen.settings import logger
 from spgen.target import Target
 from spgen.templates.gluon import attention
 from spgen.templates.triton.attention import Parameter
@@ -100,7 +103,7 @@ class HopperKernel(AttentionKernel):
             )  # fmt: skip
             maps: list[TensorMap] = []
             if not key[2] and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype]) and strides[-1] == 1 and k.numel():
-                maps = self._maps(variant, changing, (q, k, v, out))
+                maps = self._maps_or_none(variant, changing, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
                 self._refused.add(key)
                 return None
@@ -113,6 +116,16 @@ class HopperKernel(AttentionKernel):
             call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
             self._calls[key] = call
             return call
+
+    def _maps_or_none(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
+        """None where Triton's version does not compile the kernel, which is said once."""
+        try:
+            return self._maps(variant, changing, tensors)
+        except CompileError:
+            raise
+        except Exception as fault:  # whatever an experimental language raises
+            _say_once(f"{type(fault).__name__}: {fault}".splitlines()[0])
+            return []
 
     def _maps(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
         item = ELEMENT_BYTES[self.dtype]
@@ -138,6 +151,13 @@ class HopperKernel(AttentionKernel):
         return self._functions[variant, device]
 
 
+@lru_cache(maxsize=1)
+def _say_once(fault: str) -> None:
+    logger().warning(
+        "Triton's Gluon does not compile kernels for Hopper here (%s): plain Triton serves, which is slower", fault
+    )
+
+
 def source_path(kernel: Op) -> Path:
     """The file of the rendered source, from the cache or rendered now."""
     return rendered("gluon/attention.py.jinja", str(kernel), lambda: attention.symbols(kernel))
@@ -153,7 +173,7 @@ def binary(kernel: Op, source: Path, variant: Variant, target: Target) -> Binary
 def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
     """The rendered function as a variant needs it."""
     types = {parameter.name: _type(kernel, parameter, variant) for parameter in attention.parameters(kernel)}
-    divisors = {name: VECTOR for name in ("q", "k", "v", "out")}
+    divisors = dict.fromkeys(("q", "k", "v", "out"), VECTOR)
     shared = attention.programs(kernel) > 1
     cap = attention.REGISTERS // attention.programs(kernel) // attention.threads(kernel) if shared else 0
     return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, 4, 1, cap)
@@ -170,4 +190,3 @@ def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
         layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
         return f"tensordesc<{dtype}[1, 1, {rows}, {lanes}],{layout}>"
     return parameter.type
-

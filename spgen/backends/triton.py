@@ -41,6 +41,7 @@ from spgen.backends.triton_compile import (
 )
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
 from spgen.backends.triton_schedule import default_config as default_config
+from spgen.backends.triton_schedule import specialised_config as specialised_config
 from spgen.errors import ShapeError, ToolchainError
 from spgen.ir.kernel import option, parts
 from spgen.ir.node import Op
@@ -82,9 +83,18 @@ def _form(kernel: Op, target: Target) -> AttentionKernel:
         return SplitKernel(kernel, target)
     if not option(kernel, WARPGROUPS, 0):
         return AttentionKernel(kernel, target)
-    if triton_interpreted() or gluon.refusal(kernel, target):
+    if refusal(kernel, target):
         return AttentionKernel(gluon.portable(kernel), target)
     return gluon.HopperKernel(kernel, target)
+
+
+def refusal(kernel: Op, target: Target) -> str | None:
+    """Why a kernel does not get the form that its schedule asks for; None if it does."""
+    from spgen.backends import gluon
+
+    if not option(kernel, WARPGROUPS, 0):
+        return None
+    return "Triton's interpreter" if triton_interpreted() else gluon.refusal(kernel, target)
 
 
 def planner(program: Op, target: Target) -> triton_plan.Planner | None:
@@ -136,6 +146,7 @@ class AttentionKernel:
         if not self._driver_launches:
             return self._portable(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
         call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
+        assert call is not None
         device = call.function.device
         if device == torch._C._cuda_getDevice():
             call(changing, torch._C._cuda_getCurrentRawStream(device))
@@ -147,8 +158,8 @@ class AttentionKernel:
     def _call(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
-    ) -> tuple[Any, list[int]]:  # fmt: skip
-        """The launch of a call, and the arguments that it brings anew."""
+    ) -> tuple[Call | None, list[int]]:  # fmt: skip
+        """The launch of a call (None: this form does not serve it), and the arguments that it brings anew."""
         q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
         changing = [q_at, k_at, v_at, out_at]
         key: tuple[Any, ...] = (
@@ -192,7 +203,7 @@ class AttentionKernel:
         self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
         tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
         extras: Extras,
-    ) -> Call:  # fmt: skip
+    ) -> Call | None:  # fmt: skip
         """What all calls of these shapes and strides share; compiles the variant they need if it is new."""
         with self._lock:
             if len(self._calls) >= _MANY_CALLS:
@@ -330,6 +341,7 @@ class SplitKernel(AttentionKernel):
             self._portable(q, k, v, parts, None, tables, q_offset, kv_lengths, scale, extras)
             return self._combine.portable(parts, out, lse, extras.sink_logits, self._splits)
         call, changing = self._call(q, k, v, out, None, tables, q_offset, kv_lengths, scale, extras)
+        assert call is not None
         if call.after is None:
             call.after = self._combine.prepare(out, self._splits)
         results = [parts.data_ptr(), changing[3]]

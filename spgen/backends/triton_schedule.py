@@ -11,6 +11,7 @@ The options of a kernel that this backend knows:
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
 | `splits` | programs that share the keys of a row tile, where row tiles are fewer than a device runs (default: 1) |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
+| `warpgroups` | 1 or 2 that multiply, beside warps that bring tiles: the form of spgen/backends/gluon.py, on Hopper |
 """
 
 from __future__ import annotations
@@ -38,6 +39,28 @@ _FLOAT_PLAIN = ((128, 32, 32, 8, 1, 0), (256, 16, 16, 8, 1, 0))
 _LOW_HEIGHTS = (16, 32, 64)
 _LOW_WARPS, _LOW_STAGES, _LOW_WIDTHS = 4, (3, 4), (128, 64)
 _BESIDE = 16 * 1024  # bytes of shared memory for what is not a tile of K or V
+
+
+# Of the form whose warps are specialised: channels, block_m, block_n, warps, warpgroups, stages, registers. Where rows
+# differ by 64, two programs of one warpgroup share a multiprocessor.
+_SPECIALISED = ((64, 128, 128, 12, 2, 4, 240), (128, 128, 128, 12, 2, 2, 240))
+_SPECIALISED_SHORT = ((64, 64, 64, 8, 1, 4, 208), (128, 64, 64, 8, 1, 2, 208))
+
+
+def specialised_config(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None, height: int | None = None
+) -> Config | None:
+    """A configuration for Hopper's own form, None where there is none; arguments as those of `default_config`."""
+    lanes = max(padded(head_dim), padded(value_dim))
+    table = _SPECIALISED if rows is None or rows >= _SPECIALISED[0][1] else _SPECIALISED_SHORT
+    found = next((row for limit, *row in table if lanes <= limit), None)
+    if found is None or dtype == "float32" or not _is_hopper(target):
+        return None
+    block_m, block_n, warps, warpgroups, stages, registers = found
+    if (rows is not None and rows < block_m) or (height is not None and height <= _LOW_HEIGHTS[-1]):
+        return None
+    options = (f"warps={warps}", f"warpgroups={warpgroups}", f"stages={stages}", f"registers={registers}")
+    return Config(block_m, block_n, options)
 
 
 def default_config(

@@ -35,6 +35,18 @@ def default_config(
     return default_tiles(target)
 
 
+def specialised_config(
+    head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None, height: int | None = None
+) -> None:
+    """None: there is one form of CPU kernels."""
+    return
+
+
+def refusal(kernel: Op, target: Target) -> None:
+    """Why a kernel does not get the form that its schedule asks for: there is one."""
+    return None
+
+
 def build(kernel: Op, target: Target) -> AttentionKernel:
     """The launchable form of a level-3 attention kernel, from the cache or compiled.
 

@@ -67,7 +67,8 @@ class Subject:
         listed = any(not op["contiguous"] or parts(kernel, "table") for op in parts(kernel, "segment"))
         group = case.q_heads // case.kv_heads if self.request.packed else 1
         shape = Kernel(case.dtype, case.head_dim, case.value_dim, group, case.q_len, listed)
-        return space_of(shape, self.target, self.default, self.work)
+        plain = default_of(self.request, sizes_of(self.call), plain=True)
+        return space_of(shape, self.target, self.default, self.work, plain)
 
     @cached_property
     def facts(self) -> Mapping[str, Any]:

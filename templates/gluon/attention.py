@@ -163,7 +163,9 @@ def symbols(kernel: Op) -> dict[str, Any]:
     columns = [op["column"] for op in parts(kernel, "segment")]
     producer = _scalars(kernel, columns, printing)
     packed = _PACKED if kernel["cu_seqlens"] else ()
-    values = dict.fromkeys((*_ALWAYS, *packed, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer))
+    values = dict.fromkeys(
+        (*_ALWAYS, *packed, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer)
+    )
     bounds = [name for one in segments for name in one.bounds]
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
@@ -187,7 +189,10 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "call": _call(kernel),
         "values": tuple(values),
         "tables": [{"name": f"{op['name']}_table", "head": HEADS[op["heads"]]} for op in parts(kernel, "table")],
-        "lets": [{"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])} for op in lets],
+        "lets": [
+            {"name": printing.names[op["name"]], "value": printing.text(op["value"], printing.names[op["name"]])}
+            for op in lets
+        ],
         "segments": [_bound(one, op, printing) for one, op in zip(segments, parts(kernel, "segment"), strict=True)],
         "producer_values": tuple(dict.fromkeys(("b", "hk", "h", "tile", "kv_len", *packed, *bounds, *producer))),
         "producer_tables": tuple({f"{name}_table" for column in columns for name in tables(column)}),
@@ -271,7 +276,8 @@ def conjunction(mask: Expr) -> list[Expr]:
 
 def _starts_inside(column: Expr) -> bool:
     """Whether no tile begins before the first key: positions of ranges, and units of lists, do not."""
-    return column is var("p") or column.op == "add" and column.args[0].op == "mul" and column.args[0].args[0].op == "load"
+    unit = column.args[0] if column.op == "add" else column
+    return column is var("p") or (unit.op == "mul" and unit.args[0].op == "load")
 
 
 def _named(mask: Printed, printing: Printing, lets: Sequence[Op]) -> list[str]:
@@ -308,4 +314,3 @@ def _scalars(kernel: Op, values: Iterable[Expr], printing: Printing) -> list[str
         given -= {"q_len", "q_start", "k_start"}
     found = {name for value in values for name in free_variables(value)}
     return [printing.names[name] for name in sorted(found & (lets | given))]
-

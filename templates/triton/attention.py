@@ -212,6 +212,7 @@ def gathers(kernel: Op) -> bool:
 
 
 def places_of(rows: set[str]) -> Places:
+    """Which variables of a kernel are vectors over rows, `rows` among them, and which over columns."""
     return Places(frozenset(rows), frozenset({*COLUMN_VARIABLES, INSIDE}))
 
 
@@ -230,6 +231,7 @@ def value_lanes(channels: int, dtype: str) -> int:
 
 
 def expressions_of(kernel: Op) -> Iterator[Expr]:
+    """All expressions of a kernel."""
     for op in (kernel, *kernel.operands):
         yield from (value for _, value in op.attrs if isinstance(value, Expr))
 

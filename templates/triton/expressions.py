@@ -62,8 +62,8 @@ def print_mask(
 ) -> Printed:
     """A mask as source of shape [BLOCK_M, BLOCK_N], [BLOCK_M, 1] or [1, BLOCK_N].
 
-    Vectors over columns that read tables, or any of the variables `loaded`, which do, are dealt out to the threads. What
-    is dealt out speaks of the columns as `own` names them, and shares no part with anything else, if there is `own`.
+    Vectors over columns that read tables, or any of the variables `loaded`, which do, are dealt out to the threads. If
+    there is `own`, what is dealt out speaks of the columns by these names, and shares no part with anything else.
     """
     vectors = {part for part in _vectors(node, places) if operands(part) or free_variables(part) & loaded}
     dealt = {

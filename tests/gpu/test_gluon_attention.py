@@ -1,0 +1,197 @@
+"""Hopper's own form of attention against the oracle, on a Hopper GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import spgen as sp
+from spgen.backends.gluon import HopperKernel
+from spgen.target import Target
+from tests.agreement import assert_agrees
+from tests.gpu.test_triton_attention import ALL, HALF, built, check, on_device, strided, with_attributes
+from tests.kernel_cases import Case, causal, causal_parts, program, tensors
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")]
+
+FORMS = {
+    "two warpgroups": (128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=240")),
+    "one warpgroup": (64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=208")),
+}
+
+
+def specialised(case: Case, form: str, dtype: torch.dtype = torch.bfloat16) -> Case:
+    case = on_device(case, dtype)
+    case.kernel = with_attributes(case.kernel, options=FORMS[form][2])
+    return case
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ALL)
+def test_agrees_with_the_oracle(name: str, form: str, dtype: torch.dtype) -> None:
+    check(specialised(ALL[name](*FORMS[form][:2]), form, dtype))
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (80, 80), (96, 128), (128, 128), (128, 64), (8, 24)])
+@pytest.mark.parametrize("form", FORMS)
+def test_head_sizes(form: str, dims: tuple[int, int]) -> None:
+    block_m, block_n, _ = FORMS[form]
+    kernel = program(*causal_parts(block_m), block_m=block_m, block_n=block_n, head_dim=dims[0], value_dim=dims[1])
+    case = specialised(Case(kernel, *tensors(2, 4, 2, 200, 333, *dims)), form)
+    check(case)
+    assert isinstance(built(case), HopperKernel)
+    assert built(case).compile_count == 1
+
+
+@pytest.mark.parametrize(
+    "kind", ["rows outermost", "channels outermost", "one element off", "every second row", "shared heads"]
+)
+def test_strides(kind: str) -> None:
+    """What tensor maps cannot express goes through plain Triton."""
+    case = specialised(causal(128, 128), "two warpgroups")
+    case.q, case.k, case.v = (strided(x, kind) for x in (case.q, case.k, case.v))
+    check(case)
+
+
+def rows(length: int, *, heads: int = 4, dtype: torch.dtype = torch.bfloat16, batch: int = 2) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(batch, h, length, 128, device="cuda", dtype=dtype) for h in (heads, 2, 2)]
+
+
+def is_specialised(pattern: sp.Pattern, q: torch.Tensor, k: torch.Tensor) -> bool:
+    text = str(sp.attention(pattern).explain(q, k, k))
+    return "gluon attention" in text
+
+
+@pytest.mark.parametrize("length", [129, 1000, 1408])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_block_lists(size: int, length: int) -> None:
+    """Some heads and rows have no blocks at all, some all."""
+    blocks = -(-length // size)
+    mask = (
+        torch.rand(4, blocks, blocks, device="cuda") < torch.tensor([0.0, 0.2, 0.6, 1.0], device="cuda")[:, None, None]
+    )
+    for pattern in (sp.block(size, mask=mask), sp.causal() & sp.block(size, mask=mask)):
+        q, k, v = rows(length)
+        assert is_specialised(pattern, q, k)
+        assert_agrees(pattern, q, k, v, tolerance=4e-2)
+
+
+def test_what_lies_beyond_a_length_is_never_multiplied() -> None:
+    q, k, v = rows(700, batch=5)
+    lengths = torch.tensor([700, 0, 117, 128, 513], device="cuda")
+    for b, length in enumerate(lengths.tolist()):
+        k[b, :, length:] = v[b, :, length:] = torch.nan
+    for pattern in (sp.causal() & (sp.sink(7) | sp.window(300)), sp.dense()):
+        assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths)
+
+
+def test_packed_batches() -> None:
+    """Sequences end within row tiles, and the next ones' rows stay theirs."""
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in rows(1500, batch=1))
+    for bounds in ([0, 1, 130, 130, 700, 1372, 1500], [0, 1500], [3, 400, 1490]):
+        cu = torch.tensor(bounds, device="cuda", dtype=torch.int32)
+        for pattern in (sp.causal(), sp.causal() & (sp.sink(64) | sp.window(100))):
+            out = sp.attention(pattern)(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+            for start, stop in zip(bounds, bounds[1:], strict=False):
+                if start < stop:
+                    alone = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+                    wanted = sp.attention(pattern)(*alone)[0].transpose(0, 1)
+                    torch.testing.assert_close(out[start:stop], wanted, atol=2e-2, rtol=2e-2)
+    packed = dict(cu_seqlens_q=torch.tensor([0, 600, 1500], device="cuda"))
+    packed["cu_seqlens_k"] = torch.tensor([0, 900, 1500], device="cuda")
+    assert_agrees(sp.causal() & sp.window(200), q, k, v, tolerance=4e-2, **packed)
+
+
+def test_neighbours_of_a_packed_batch_are_not_multiplied() -> None:
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in rows(600, batch=1))
+    cu = torch.tensor([0, 250, 600], device="cuda", dtype=torch.int32)
+    attend = sp.attention(sp.dense())
+    clean = attend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    k[250:], v[250:] = torch.nan, torch.nan
+    assert torch.equal(attend(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)[:250], clean[:250])
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_same_bits_every_time(size: int) -> None:
+    q, k, v = rows(3000, heads=8, batch=1)
+    attend = sp.attention(
+        sp.causal() & sp.block(size, mask=torch.rand(8, -(-3000 // size), -(-3000 // size), device="cuda") < 0.3)
+    )
+    plan, first = attend.plan(q, k), attend(q, k, v)
+    for _ in range(200):
+        torch.empty_like(first).fill_(torch.nan)  # what the next result may be written over
+        assert torch.equal(attend(q, k, v, plan=plan), first)
+
+
+def test_a_graph_replays_beside_others() -> None:
+    """The counter that hands out row tiles belongs to a call."""
+    q, k, v = rows(2000, heads=8)
+    attend = sp.attention(sp.causal())
+    wanted = attend(q, k, v)
+    graphs, results = [], []
+    for _ in range(2):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            results.append(attend(q, k, v))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            eager = attend(q, k, v)
+        torch.cuda.synchronize()
+        assert all(torch.equal(result, wanted) for result in (*results, eager))
+
+
+def test_every_option_of_scores() -> None:
+    q, k, v = rows(500)
+    sinks = torch.randn(4, device="cuda")
+    pattern = sp.causal() & sp.window(200)
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, softcap=5.0, sink_logits=sinks)
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, q_offset=torch.tensor([0, 77], device="cuda"))
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, q_offset=-100)
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, bias=torch.rand(4, device="cuda"))
+    out = sp.attention(pattern, scale=-0.1)(q, k, v)
+    torch.testing.assert_close(out, sp.attention(pattern, scale=0.1)(-q, k, v), atol=2e-2, rtol=2e-2)
+
+
+def test_nan_stays_in_its_row() -> None:
+    q, k, v = rows(400)
+    clean = sp.attention(sp.causal())(q, k, v)
+    q[:, :, 130] = torch.nan
+    out = sp.attention(sp.causal())(q, k, v)
+    assert out[:, :, 130].isnan().all()
+    others = torch.arange(400, device="cuda") != 130
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+
+
+def test_a_new_length_compiles_nothing() -> None:
+    attend = sp.attention(sp.causal())
+    q, k, v = rows(1500)
+    attend(q, k, v)
+    before = sp.compile_count()
+    for length in (1499, 1024, 700, 1280):
+        attend(q[:, :, :length], k[:, :, :length], v[:, :, :length])
+    assert sp.compile_count() == before
+
+
+def test_without_gluon_plain_triton_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from spgen.backends import gluon
+
+    def broken(*_: object) -> None:
+        raise AttributeError("module has no attribute warp_specialize")
+
+    monkeypatch.setattr(gluon, "binary", broken)
+    gluon._say_once.cache_clear()
+    case = specialised(causal(128, 128), "two warpgroups")
+    case.kernel = with_attributes(case.kernel, options=(*FORMS["two warpgroups"][2], "tma=1"))
+    assert isinstance(built(case), HopperKernel)
+    check(case)
+    check(case)
+    assert Target.of("cuda").arch == "sm_90"
+    assert sum("plain Triton serves" in record.message for record in caplog.records) == 1
