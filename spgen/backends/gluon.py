@@ -29,7 +29,7 @@ from spgen.target import Target
 from spgen.templates.gluon import attention
 from spgen.templates.triton.attention import Parameter
 
-_OWN_OPTIONS = (attention.WARPGROUPS, "stages", "registers")
+_OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
 _ARCH = "sm_90"
 
 

@@ -43,8 +43,8 @@ _BESIDE = 16 * 1024  # bytes of shared memory for what is not a tile of K or V
 
 # Of the form whose warps are specialised: channels, block_m, block_n, warps, warpgroups, stages, registers. Where rows
 # differ by 64, two programs of one warpgroup share a multiprocessor.
-_SPECIALISED = ((64, 128, 128, 12, 2, 4, 240), (128, 128, 128, 12, 2, 2, 240))
-_SPECIALISED_SHORT = ((64, 64, 64, 8, 1, 4, 208), (128, 64, 64, 8, 1, 2, 208))
+_SPECIALISED = ((64, 128, 128, 12, 2, 4, 232), (128, 128, 128, 12, 2, 2, 232))
+_SPECIALISED_SHORT = ((64, 64, 64, 8, 1, 4, 192), (128, 64, 64, 8, 1, 2, 192))
 
 
 def specialised_config(
