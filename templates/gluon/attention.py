@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from spgen.ir.expr import TRUE, Expr, and_, const, free_variables, maximum, minimum, operands, tables, var, walk
+from spgen.ir.expr import TRUE, Expr, and_, const, free_variables, maximum, minimum, operands, substitute, tables, var, walk
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.triton.attention import (
@@ -22,7 +22,6 @@ from spgen.templates.triton.attention import (
     Printing,
     by_tile,
     expressions_of,
-    gathers,
     is_partial,
     names_of,
     never_full,
@@ -37,6 +36,7 @@ from spgen.templates.triton.masks import Places
 
 ENTRY = "attention"
 WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form: 1 or 2 warpgroups that multiply
+LEAST_BOX = 16  # keys that follow each other: fewer are as quick when they are gathered
 ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
@@ -57,7 +57,8 @@ class Segment:
     bounds: tuple[str, ...]  # names of start, full_start, full_stop and stop
     bound_values: tuple[Printed, ...]
     full_start: str  # the name, or "" if there are no whole tiles
-    column: Printed
+    direct: bool  # keys of a tile follow each other
+    columns: tuple[Printed, ...]  # where its boxes begin; where they follow each other, the first
     column_is_position: bool
     upper: Printed | None  # the first column of a tile that is too far, from `stop` of all rows
     lower: Printed | None  # the first column of a tile that is wanted
@@ -86,7 +87,7 @@ def refusal(kernel: Op) -> str | None:
         return "permuted rows"
     if kernel["bias"] != "none":
         return "a bias"
-    if not parts(kernel, "segment") or gathers(kernel):
+    if not parts(kernel, "segment") or box_rows(kernel) < LEAST_BOX:
         return "keys that do not follow each other"
     if reads_per_pair(kernel):
         return "masks that read tables pair by pair"
@@ -115,9 +116,34 @@ def lanes(channels: int) -> int:
     return max(padded(channels), LANES[0])
 
 
+def run_of(segment: Op, block_n: int) -> int:
+    """How many keys of a tile follow each other, as a power of two: all, those of a list's unit, or one."""
+    if segment["key"] is not None:
+        return 1
+    if segment["contiguous"]:
+        return block_n
+    column = segment["column"]
+    unit = column.args[1].args[1].args[0] if column.op == "add" and column.args[1].op == "mod" else 1
+    first = load_of(column)
+    if first is None or column is not first * unit + var("p") % unit or unit & (unit - 1):
+        return 1
+    return min(int(unit), block_n)
+
+
+def load_of(column: Expr) -> Expr | None:
+    """The unit that a list's column names, if it is one."""
+    unit = column.args[0] if column.op == "add" else column
+    return unit.args[0] if unit.op == "mul" and unit.args[0].op == "load" else None
+
+
+def box_rows(kernel: Op) -> int:
+    """Rows of K or V that are brought at once."""
+    return min(run_of(op, kernel["block_n"]) for op in parts(kernel, "segment"))
+
+
 def box_of(kernel: Op, name: str) -> tuple[int, int]:
     """Rows and lanes that a descriptor brings, or takes away, at once."""
-    rows = kernel["block_n"] if name in ("k_blocks", "v_blocks") else ROWS
+    rows = box_rows(kernel) if name in ("k_blocks", "v_blocks") else ROWS
     return rows, lanes(kernel["head_dim" if name in ("q_blocks", "k_blocks") else "value_dim"])
 
 
@@ -175,6 +201,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "value_lanes": lanes(kernel["value_dim"]),
         "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
+        "box": box_rows(kernel),
         "stages": option(kernel, "stages", 2),
         "warpgroups": option(kernel, WARPGROUPS, 0),
         "registers": registers(kernel)[0],
@@ -216,6 +243,7 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         lowers.append(const(0))
     rest = reduce(and_, others) if others else None
     mask = None if rest is None else printing.mask(rest, frozenset(), _OWN)
+    direct, box = run_of(op, kernel["block_n"]) == kernel["block_n"], box_rows(kernel)
     lets = _row_lets(kernel, [wanted], printing)
     bodies = [let["value"] for let in lets]
     speaks = [wanted, *bodies, var("kv_len")]
@@ -224,17 +252,22 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     read = {f"{name}_table" for value in speaks for name in tables(value)}
     heads = {HEADS[table["heads"]] for table in parts(kernel, "table") if f"{table['name']}_table" in read}
     speaks += [var(head) for head in heads if head != "0"] if read else []
-    upper = reduce(minimum, [value - var("c0") for value in uppers], var("stop")) if uppers else None
-    lower = reduce(maximum, [value - var("c0") for value in lowers]) if lowers else None
+    near = var("c0") if direct else const(0)
+    upper = reduce(minimum, [value - near for value in uppers], var("stop")) if uppers else None
+    lower = reduce(maximum, [value - near for value in lowers]) if lowers else None
     own = {"c0": "c0", "stop": "stop"}
     which = ("sequence",) if kernel["cu_seqlens"] else ("b",)
-    limits = ["stop", *(["first"] if lowers else []), *(_named(mask, printing, lets) if mask else [])]
+    limits = [*([] if direct else ["near"]), "stop", *(["first"] if lowers else []), *(_named(mask, printing, lets) if mask else [])]
     return Segment(
         name=op["name"],
         bounds=names,
         bound_values=(),
         full_start=names[1] if has_full else "",
-        column=printing.text(op["column"], "column", p="p0"),
+        direct=direct,
+        columns=tuple(
+            printing.text(substitute(op["column"], {"p": var("p0") + x * box}), f"column_{x}")
+            for x in range(1 if direct else kernel["block_n"] // box)
+        ),
         column_is_position=op["column"] is var("p"),
         upper=None if upper is None else printing.text(upper, "upper", **own),
         lower=None if lower is None else printing.text(lower, "lower", **own),
@@ -276,8 +309,7 @@ def conjunction(mask: Expr) -> list[Expr]:
 
 def _starts_inside(column: Expr) -> bool:
     """Whether no tile begins before the first key: positions of ranges, and units of lists, do not."""
-    unit = column.args[0] if column.op == "add" else column
-    return column is var("p") or (unit.op == "mul" and unit.args[0].op == "load")
+    return column is var("p") or load_of(column) is not None
 
 
 def _named(mask: Printed, printing: Printing, lets: Sequence[Op]) -> list[str]:
