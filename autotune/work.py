@@ -14,6 +14,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for each program
 _PARTITIONS = 4  # of a multiprocessor: a warp's registers lie in one
 _MOST = {"cuda": 255, "hip": 512}  # registers of a thread
+_WARPGROUP = 128  # threads that multiply together on Hopper
 _UNIT = 8  # registers of a thread are given out in such steps
 
 
@@ -138,6 +139,9 @@ def fits(config: Config, work: Work, target: Target) -> str | None:
     warps = config.option("warps", 4)
     if target.max_warps and warps > target.max_warps:
         return f"warps: {warps} of {target.max_warps}"
+    groups = config.option("warpgroups")
+    if groups:  # warps that do not multiply give registers to those that do
+        threads = groups * _WARPGROUP
     cap = config.option("registers") or _MOST[target.kind]
     if target.registers and config.option("registers") * threads > target.registers:
         return f"registers: {cap * threads} of {target.registers}"

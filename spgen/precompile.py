@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spgen.autotune.work import Resources
 from spgen.compile import Request, compiled
@@ -11,10 +11,6 @@ from spgen.errors import ToolchainError
 from spgen.passes.schedule import Call
 from spgen.target import Target
 from spgen.tuned import Sizes, request_for
-
-if TYPE_CHECKING:
-    from spgen.backends.triton_binary import Binary
-    from spgen.backends.triton_compile import Variant
 
 
 def compile_text(
@@ -41,9 +37,9 @@ def compile_text(
 def compile_request(request: Request, *, all_variants: bool = False) -> Any:
     """The kernel of a request, with the binaries that contiguous tensors need in the cache; no device is needed."""
     kernel = compiled(request).kernel
-    for variant in _variants(kernel, request.target)[: None if all_variants else 1]:
-        _binary(kernel, variant, request.target)
     if request.target.kind != "cpu":
+        for variant in kernel.usual_variants()[: None if all_variants else 1]:
+            kernel.binary(variant)
         kernel.compile_rest()
     return kernel
 
@@ -51,23 +47,6 @@ def compile_request(request: Request, *, all_variants: bool = False) -> Any:
 def resources_of(request: Request) -> Resources:
     """What the kernel of a request takes of its target, compiled now if it is not in the cache; nothing on a CPU."""
     kernel = compiled(request).kernel
-    variants = _variants(kernel, request.target)
-    if not variants:
+    if request.target.kind == "cpu":
         return Resources()
-    return Resources(**_binary(kernel, variants[0], request.target).resources)
-
-
-def _binary(kernel: Any, variant: Variant, target: Target) -> Binary:
-    from spgen.backends.triton_compile import binary
-
-    return binary(kernel.kernel, kernel.path, variant, target)
-
-
-def _variants(kernel: Any, target: Target) -> list[Variant]:
-    """Those that contiguous tensors need, the usual one first."""
-    if target.kind == "cpu":
-        return []
-    from spgen.backends.triton_compile import Variant, wants_tensor_maps
-
-    mapped = [Variant(aligned=True, tma=True)] if wants_tensor_maps(kernel.kernel, target) else []
-    return [*mapped, Variant(aligned=True)]
+    return Resources(**kernel.binary(kernel.usual_variants()[0]).resources)

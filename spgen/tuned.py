@@ -43,16 +43,21 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Choice:
-    """Where a configuration comes from: a record in a file, or (None) the default; `stale` were passed over."""
+    """Where a configuration comes from: a record in a file, or (None) the default; `stale` were passed over.
+
+    `other_form`: there are records of the call, but the default that they were compared with had another form.
+    """
 
     record: Record | None = None
     path: Path | None = None
     stale: int = 0
+    other_form: bool = False
 
     def __str__(self) -> str:
         passed = f"; {self.stale} of another compiler passed over" if self.stale else ""
         if self.record is None:
-            return f"default: nothing was measured for such a call{passed}"
+            why = "records of another form passed over" if self.other_form else "nothing was measured for such a call"
+            return f"default: {why}{passed}"
         assert self.path is not None
         own = self.record
         sizes = f"{own.bucket.rows} rows x {own.bucket.keys} keys x {own.bucket.heads} heads"
@@ -114,22 +119,22 @@ def choice(request: Request, sizes: Sizes) -> Choice:
     known = _candidates(request.target, wanted)
     if not known:
         return Choice()
-    return _nearest(known, wanted, bucket_of(request, sizes), toolchain(request.target), _suits(request, sizes))
-
-
-def _suits(request: Request, sizes: Sizes) -> Callable[[Record], bool]:
-    """Whether a record speaks of such a call: keys say neither how large a group is nor how float32 is multiplied.
-
-    One that was made when the default had another form does not know today's.
-    """
+    bucket, compiler, default = bucket_of(request, sizes), toolchain(request.target), default_of(request, sizes)
     group = request.q_heads // request.kv_heads if request.packed else 1
-    default = default_of(request, sizes)
 
-    def suits(record: Record) -> bool:
-        same = all(record.default.option(name) == default.option(name) for name in ("tf32x3", "warpgroups"))
-        return same and record.config.block_m >= group
+    def of_call(record: Record) -> bool:
+        """Keys say neither how large a group is nor how float32 is multiplied."""
+        return record.default.option("tf32x3") == default.option("tf32x3") and record.config.block_m >= group
 
-    return suits
+    def of_form(record: Record) -> bool:
+        """A record that was made when the default had another form does not know today's."""
+        return record.default.option("warpgroups") == default.option("warpgroups")
+
+    found = _nearest(known, wanted, bucket, compiler, lambda record: of_call(record) and of_form(record))
+    if found.record is not None:
+        return found
+    others = _nearest(known, wanted, bucket, compiler, lambda record: of_call(record) and not of_form(record))
+    return replace(found, other_form=others.record is not None)
 
 
 def _nearest(

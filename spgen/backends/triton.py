@@ -234,14 +234,20 @@ class AttentionKernel:
     def _tensor_maps(self, variant: Variant, changing: list[int], k: Tensor, v: Tensor) -> list[TensorMap]:
         item = ELEMENT_BYTES[self.dtype]
         maps = []
-        for source, tensor, box in zip((1, 2), (k, v), self._binary(variant).boxes, strict=True):
+        for source, tensor, box in zip((1, 2), (k, v), self.binary(variant).boxes, strict=True):
             # the step of an axis of one element is never taken, but must be legal
             strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1
             maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
         return maps
 
-    def _binary(self, variant: Variant) -> Binary:
+    def usual_variants(self) -> list[Variant]:
+        """What contiguous tensors need, the most usual first."""
+        mapped = [Variant(aligned=True, tma=True)] if wants_tensor_maps(self.kernel, self.target) else []
+        return [*mapped, Variant(aligned=True)]
+
+    def binary(self, variant: Variant) -> Binary:
+        """The compiled variant, from the cache or compiled now; no device is needed."""
         if variant not in self._binaries:
             self._binaries[variant] = binary(self.kernel, self.path, variant, self.target)
         return self._binaries[variant]
@@ -251,7 +257,7 @@ class AttentionKernel:
             kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
                      for p in arguments(self.kernel, variant)]  # fmt: skip
             with torch.cuda.device(device):
-                self._functions[variant, device] = self._binary(variant).load(device, kinds)
+                self._functions[variant, device] = self.binary(variant).load(device, kinds)
         return self._functions[variant, device]
 
     def compile_rest(self) -> None:

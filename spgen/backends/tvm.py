@@ -44,7 +44,7 @@ def specialised_config(
 
 def refusal(kernel: Op, target: Target) -> None:
     """Why a kernel does not get the form that its schedule asks for: there is one."""
-    return None
+    return
 
 
 def build(kernel: Op, target: Target) -> AttentionKernel:

@@ -13,7 +13,20 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-from spgen.ir.expr import TRUE, Expr, and_, const, free_variables, maximum, minimum, operands, substitute, tables, var, walk
+from spgen.ir.expr import (
+    TRUE,
+    Expr,
+    and_,
+    const,
+    free_variables,
+    maximum,
+    minimum,
+    operands,
+    substitute,
+    tables,
+    var,
+    walk,
+)
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.triton.attention import (
@@ -257,7 +270,12 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     lower = reduce(maximum, [value - near for value in lowers]) if lowers else None
     own = {"c0": "c0", "stop": "stop"}
     which = ("sequence",) if kernel["cu_seqlens"] else ("b",)
-    limits = [*([] if direct else ["near"]), "stop", *(["first"] if lowers else []), *(_named(mask, printing, lets) if mask else [])]
+    limits = [
+        *([] if direct else ["near"]),
+        "stop",
+        *(["first"] if lowers else []),
+        *(_named(mask, printing, lets) if mask else []),
+    ]
     return Segment(
         name=op["name"],
         bounds=names,

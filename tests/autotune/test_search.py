@@ -21,7 +21,7 @@ from spgen.target import Target
 DEFAULT = Config(64, 64, ("warps=4", "stages=2"))
 SPACE = Space(
     DEFAULT, {"block_m": (16, 32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)},
-    lambda config: config.block_m * config.block_n <= 128 * 64,
+    lambda config: config.block_m * config.block_n <= 128 * 64, DEFAULT,
 )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def test_a_new_variant_outlives_an_emptied_cache(tmp_path: Path) -> None:
         built = backend.build(causal(64, 64).kernel, Target.of("sm_90"))
         assert built.path.is_file()
         Cache().clear()
-        assert built._binary(Variant(negative=True)).code
+        assert built.binary(Variant(negative=True)).code
 
 
 def test_compiling_can_be_forbidden() -> None:

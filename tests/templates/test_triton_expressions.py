@@ -70,7 +70,7 @@ TL = SimpleNamespace(
 def run(node: Expr, values: dict[str, int]) -> Any:
     """The value of the printed source, with the helpers of the template."""
     namespace: dict[str, Any] = {"tl": TL, "triton": SimpleNamespace(jit=lambda f: f)}
-    exec(render("triton/operations.py.jinja", operations={"floordiv", "mod"}, deals=False), namespace)
+    exec(render("triton/operations.py.jinja", operations={"floordiv", "mod"}, deals=False, jit="triton.jit"), namespace)
     namespace.update({f"x_{name}": Truncating(value) for name, value in values.items()})
     printed = print_expression(node, {name: f"x_{name}" for name in values}, RANGES)
     exec("\n".join([*printed.lines, f"result = {printed.value}"]), namespace)

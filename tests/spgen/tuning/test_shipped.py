@@ -13,7 +13,7 @@ from spgen.autotune.records import SHIPPED, Record, Records, files
 from spgen.autotune.work import Work, fits
 from spgen.autotune.workloads import Case
 from spgen.backends.triton_compile import Variant, compile_variant, source_path, wants_tensor_maps
-from spgen.compile import compiled, lower
+from spgen.compile import compiled, default_config, lower
 from spgen.errors import DeviceError
 from spgen.ir.kernel import parts
 from spgen.ir.tiles import table_ops
@@ -21,7 +21,7 @@ from spgen.ops import sizes_of
 from spgen.patterns import pattern
 from spgen.settings import override
 from spgen.target import Target
-from spgen.tuned import request_for, toolchain
+from spgen.tuned import choice, request_for, toolchain
 from spgen.tuning.compilers import Compilers
 from spgen.tuning.session import Place, Tuned
 from spgen.tuning.subject import Subject
@@ -61,6 +61,7 @@ def shipped() -> Iterator[None]:
 
 @pytest.mark.usefixtures("shipped")
 def test_the_calls_that_were_tuned_use_their_records() -> None:
+    """But for those whose default has taken another form since: they use it until they are tuned again."""
     target = Target.of("h200")
     for record in records("nvidia-h200-sm-90"):
         if record.toolchain != toolchain(target):
@@ -72,7 +73,13 @@ def test_the_calls_that_were_tuned_use_their_records() -> None:
         call, sizes = subject.call, sizes_of(subject.call)
         heads = case.q_heads, case.kv_heads
         request = request_for(call.pattern, subject.request.call, *heads, target, sizes)
-        assert (request.config or record.default) == record.config, record.name
+        found = choice(request, sizes)
+        if record.default.option("warpgroups") == subject.default.option("warpgroups"):
+            assert (request.config or subject.default) == record.config, record.name
+            assert found.record is not None, record.name
+        else:
+            assert (request.config or default_config(request)) == subject.default, record.name
+            assert "records of another form passed over" in str(found), record.name
 
 
 @pytest.mark.parametrize("name", ["gpt-oss-prefill: window 128", "llama3-8b-decode: window and sink"])
