@@ -4,6 +4,8 @@
     weight     (best / measured)² of the record: configurations that nobody would choose hardly count
     prior      each coefficient's logarithm stays near that of the guess, as far as the trials do not say otherwise
 
+A coefficient on which no trial depends is left as the target has it, or out.
+
 Minimised by damped Gauss-Newton steps. For the evaluation each call is predicted with coefficients from which its own
 trials were taken out: one more step from the common fit, over the trials of all other calls.
 """
@@ -61,7 +63,10 @@ class _Case:
 
 @dataclass(frozen=True)
 class Fit:
-    """Coefficients that were fitted, those of each case without its own trials, and the spread of such predictions."""
+    """Coefficients that were fitted, those of each case without its own trials, and the spread of such predictions.
+
+    Those on which no trial depends are the target's own, and missing where it has none.
+    """
 
     values: Mapping[str, float]
     without: Mapping[str, Mapping[str, float]]
@@ -146,8 +151,7 @@ def evaluate(
     cases = _cases(records, target, taken)
     if isinstance(values, Fit):
         return _report(cases, target, lambda case: values.without.get(case.name, values.values), experience)
-    known = {**guesses(target), **values}
-    return _report(cases, target, lambda _: known, experience)
+    return _report(cases, target, lambda _: values, experience)
 
 
 def _cases(records: Iterable[Record], target: Target, taken: Taken | None) -> list[_Case]:
@@ -172,13 +176,21 @@ class _Problem:
 
     def __init__(self, cases: Sequence[_Case], target: Target) -> None:
         self.cases, self.target = cases, target
-        guess = guesses(target)
-        self.names = list(guess)
-        self.prior = [_free(name, guess[name]) for name in self.names]
-        self.width = [_PRIOR_ADJUST if _is_exponent(name) else _PRIOR for name in self.names]
+        self.kept = {name: value for name, value in target.model if name in guesses(target)}
+        self._take(list(guesses(target)))
+        blocks = self._residuals(self.prior)
+        jacobians = self._jacobians(self.prior, blocks)
+        moved = [any(any(columns[n]) for columns in jacobians) for n in range(len(self.names))]
+        self._take([name for name, moves in zip(self.names, moved, strict=True) if moves])
+
+    def _take(self, names: list[str]) -> None:
+        guess = guesses(self.target)
+        self.names = names
+        self.prior = [_free(name, guess[name]) for name in names]
+        self.width = [_PRIOR_ADJUST if _is_exponent(name) else _PRIOR for name in names]
 
     def values(self, theta: Sequence[float]) -> dict[str, float]:
-        return {name: _bound(name, x) for name, x in zip(self.names, theta, strict=True)}
+        return {**self.kept, **{name: _bound(name, x) for name, x in zip(self.names, theta, strict=True)}}
 
     def minimise(self) -> Vector:
         theta, damping = list(self.prior), 1e-2
@@ -216,7 +228,7 @@ class _Problem:
         return found
 
     def _residuals(self, theta: Sequence[float]) -> list[Vector]:
-        values = self.values(theta)
+        values = {**guesses(self.target), **self.values(theta)}
         return [self._of_case(case, values) for case in self.cases]
 
     def _of_case(self, case: _Case, values: Mapping[str, float]) -> Vector:
@@ -313,7 +325,7 @@ def _report(
 ) -> Report:  # fmt: skip
     scores = []
     for case in cases:
-        values = values_of(case)
+        values = {**guesses(target), **values_of(case)}
         points = [(_seconds(trial, target, values), trial.seconds) for trial in case.trials]
         if experience is not None:
             raised = [math.exp(experience.correction(case.record, trial.config)) for trial in case.trials]

@@ -270,6 +270,19 @@ def test_no_case_is_judged_by_its_own_trials() -> None:
     assert ratio > 2
 
 
+def test_what_no_trial_depends_on_is_left_alone() -> None:
+    """No trial is of the form with warp groups: its coefficients are the target's own, or none."""
+    records, _ = synthetic(H200, 3, seed=7)
+    own = {"specialised": 0.8, "score": 1.0}
+    known, bare = (fit(records, replace(H200, model=model)) for model in (tuple(own.items()), ()))
+    assert known.to_json()["specialised"] == 0.8
+    assert known.values["score"] == bare.values["score"] != 1.0
+    assert "boundary" not in known.to_json()
+    assert not {"specialised", "boundary"} & bare.to_json().keys()
+    assert {"products", "score", "rescale", "adjust.keys"} <= bare.values.keys()
+    assert all("specialised" not in values for values in bare.without.values())
+
+
 def test_a_fit_without_trials_is_refused() -> None:
     records, _ = synthetic(H200, 1, seed=1)
     with pytest.raises(ValueError, match="no record has three"):
