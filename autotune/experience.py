@@ -23,7 +23,7 @@ _PRIOR = 0.5  # weight of the model alone
 _LEAST = 0.01  # weights that are left out
 _AXES = {
     "stages": 1.0, "registers": 0.7, "prefetch": 0.3, "masked_stages": 0.3, "tma": 0.5, "splits": 1.0,
-    "key_rows": 0.7, "value_rows": 0.7,
+    "warpgroups": 5.0, "key_rows": 0.7, "value_rows": 0.7,
 }  # fmt: skip
 _DIFFERENT = {"dtype": 3.0, "head_dim": 3.0, "packed": 3.0, "structure": 1.0}  # what keys differ in
 

@@ -93,6 +93,9 @@ class Backend(Protocol):
     def refusal(self, kernel: Op, target: Target) -> str | None:
         """Why a kernel does not get the form that its schedule asks for; None if it does."""
 
+    def served(self, kernel: Op, target: Target) -> Op:
+        """The kernel with the schedule that it gets, which is another one where its form is refused."""
+
     def build(self, kernel: Op, target: Target) -> Any:
         """The launchable kernel, from the cache or compiled."""
 

@@ -98,7 +98,7 @@ class Explanation:
         return [*lines, f"tables     {', '.join(tables) or 'none: closed forms need no plan'}"]
 
     def _kernel(self) -> str:
-        kernel, pack = self.lowered.kernel, self.lowered.pack
+        kernel, pack = served(self.lowered.kernel, self.target), self.lowered.pack
         backend = "triton" if self.target.kind != "cpu" else "tvm"
         form = "gluon" if option(kernel, "warpgroups", 0) else backend
         reasons = [f"row tiles of {kernel['block_m']} x {kernel['block_n']} keys"]
@@ -166,7 +166,7 @@ def _explained(request: Request, pattern: Pattern, arguments: Arguments) -> Expl
     plan_bytes, l2_bytes = sum(t.nbytes for t in tables), request.target.l2_bytes
     cost = cost_of(levels.kernel, list(counts), needed, shape, plan_bytes, l2_bytes)
     work = work_of(levels.kernel, tiles, float(cost.flops), float(cost.bytes))
-    prediction = predict(work, config_of(levels.kernel), request.target)
+    prediction = predict(work, config_of(served(levels.kernel, request.target)), request.target)
     return Explanation(
         request.pattern, request.target, levels, shape, counts, cost, prediction, density, sampled, packed,
         choice=choice(request, sizes_of(arguments)), plain=why_plain(request),
@@ -216,6 +216,11 @@ def work_of(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]], flops: float, mo
         flops=flops,
         bytes=moved,
     )  # fmt: skip
+
+
+def served(kernel: Op, target: Target) -> Op:
+    """The kernel with the schedule that its backend gives it."""
+    return backend_of(target).served(kernel, target)
 
 
 def config_of(kernel: Op) -> Config:

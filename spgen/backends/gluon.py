@@ -21,8 +21,8 @@ from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, 
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
 from spgen.backends.triton_launch import Call, Function, TensorMap, driver
-from spgen.errors import CompileError
-from spgen.ir.kernel import KERNEL
+from spgen.errors import CompileError, SpgenError
+from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import logger
 from spgen.target import Target
@@ -55,7 +55,7 @@ class HopperKernel(AttentionKernel):
         self._parameters = attention.parameters(kernel)
         self._fixed = [p.name for p in self._parameters if p.type in ("i32", "i64") and p.name != "q_offset"]
         self._plain: AttentionKernel | None = None
-        self._refused: set[tuple[Any, ...]] = set()  # calls whose tensors no tensor map can express
+        self._compiles = True
 
     @property
     def path(self) -> Path:
@@ -71,20 +71,25 @@ class HopperKernel(AttentionKernel):
             return None
         call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
         if call is None:
-            if self._plain is None:
-                self._plain = AttentionKernel(portable(self.kernel), self.target)
-            return self._plain(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
+            return self._instead()(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
         device = call.function.device
         if device != torch._C._cuda_getDevice():
             with torch.cuda.device(device):
                 return self._launch(call, changing, q.device)
         return self._launch(call, changing, q.device)
 
+    def _instead(self) -> AttentionKernel:
+        """What serves the calls that this form does not."""
+        with self._lock:
+            if self._plain is None:
+                self._plain = AttentionKernel(portable(self.kernel), self.target)
+            return self._plain
+
     def _launch(self, call: Call, changing: list[int], device: torch.device) -> None:
         tickets = torch.empty(1, dtype=torch.int32, device=device)
         stream = torch._C._cuda_getCurrentRawStream(call.function.device)
         at = tickets.data_ptr()
-        driver().clear(at, 1, stream)
+        driver().clear(at, 1, stream, call.function.device)
         call([*changing, at], stream)
 
     def _prepare(
@@ -94,18 +99,20 @@ class HopperKernel(AttentionKernel):
     ) -> Call | None:  # fmt: skip
         """What all calls of these shapes and strides share; None where plain Triton has to serve them."""
         with self._lock:
-            if key in self._refused:
-                return None
+            if key in self._calls:
+                return self._calls[key]
+            self._forget_many()
             strides = strides_of(q, k, v, out)
             variant = Variant(
                 True, True, scale < 0, index_type(q_offset), index_type(kv_lengths), index_type(extras.cu_seqlens_q),
                 index_type(extras.cu_seqlens_k),
             )  # fmt: skip
             maps: list[TensorMap] = []
-            if not key[2] and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype]) and strides[-1] == 1 and k.numel():
+            aligned = not key[2] and strides[-1] == 1 and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype])
+            if aligned and k.numel() and driver().has_tensor_maps:
                 maps = self._maps_or_none(variant, changing, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
-                self._refused.add(key)
+                self._calls[key] = None
                 return None
             tiles = self._grid(q, extras)
             sizes = lengths_of(q, k, extras)
@@ -118,12 +125,13 @@ class HopperKernel(AttentionKernel):
             return call
 
     def _maps_or_none(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
-        """None where Triton's version does not compile the kernel, which is said once."""
+        """None where Triton's version does not compile the kernel, which is said, and tried, once."""
         try:
-            return self._maps(variant, changing, tensors)
-        except CompileError:
+            return self._maps(variant, changing, tensors) if self._compiles else []
+        except SpgenError:
             raise
         except Exception as fault:  # whatever an experimental language raises
+            self._compiles = False
             _say_once(f"{type(fault).__name__}: {fault}".splitlines()[0])
             return []
 
@@ -169,10 +177,21 @@ def source_path(kernel: Op) -> Path:
 
 
 def binary(kernel: Op, source: Path, variant: Variant, target: Target) -> Binary:
-    """The compiled variant, from the cache or compiled now."""
+    """The compiled variant, from the cache or compiled now. Raises CompileError if it does not fit the target."""
     fields = {"kernel": str(kernel), "form": "gluon", "variant": asdict(variant)}
     one = specialised(kernel, source, variant)
-    return triton_binary.binary(fields, target, lambda: (one, compile_ahead(one, target)))
+    return triton_binary.binary(fields, target, lambda: (one, _compiled(one, kernel, target)))
+
+
+def _compiled(one: Specialised, kernel: Op, target: Target) -> Any:
+    built = compile_ahead(one, target)
+    if built.metadata.shared > target.smem_bytes:
+        raise CompileError(
+            f"tile {kernel['block_m']} x {kernel['block_n']}, {option(kernel, 'stages', 2)} stages",
+            given=f"{built.metadata.shared} bytes of shared memory",
+            allowed=f"at most {target.smem_bytes} on {target.arch}", remedy="choose fewer stages",
+        )  # fmt: skip
+    return built
 
 
 def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:

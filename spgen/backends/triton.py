@@ -81,11 +81,8 @@ def _form(kernel: Op, target: Target) -> AttentionKernel:
 
     if option(kernel, "splits", 1) > 1:
         return SplitKernel(kernel, target)
-    if not option(kernel, WARPGROUPS, 0):
-        return AttentionKernel(kernel, target)
-    if refusal(kernel, target):
-        return AttentionKernel(gluon.portable(kernel), target)
-    return gluon.HopperKernel(kernel, target)
+    kernel = served(kernel, target)
+    return gluon.HopperKernel(kernel, target) if option(kernel, WARPGROUPS, 0) else AttentionKernel(kernel, target)
 
 
 def refusal(kernel: Op, target: Target) -> str | None:
@@ -95,6 +92,13 @@ def refusal(kernel: Op, target: Target) -> str | None:
     if not option(kernel, WARPGROUPS, 0):
         return None
     return "Triton's interpreter" if triton_interpreted() else gluon.refusal(kernel, target)
+
+
+def served(kernel: Op, target: Target) -> Op:
+    """The kernel with the schedule that it gets: another one where it is refused the form that it asks for."""
+    from spgen.backends import gluon
+
+    return gluon.portable(kernel) if refusal(kernel, target) else kernel
 
 
 def planner(program: Op, target: Target) -> triton_plan.Planner | None:
@@ -117,7 +121,7 @@ class AttentionKernel:
         self._driver_launches = target.kind == "cuda" and not triton_interpreted()
         # the parameters that follow from shapes and strides, in the order of _table_sizes, _lengths and _strides
         self._fixed = [p.name for p in self._parameters if p.type in _FIXED_TYPES and p.name != "q_offset"]
-        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._calls: dict[tuple[Any, ...], Call | None] = {}  # None: this form does not serve them
         self._binaries: dict[Variant, Binary] = {}
         self._functions: dict[tuple[Variant, int], Function] = {}
         self._module: Any = None
@@ -206,8 +210,7 @@ class AttentionKernel:
     ) -> Call | None:  # fmt: skip
         """What all calls of these shapes and strides share; compiles the variant they need if it is new."""
         with self._lock:
-            if len(self._calls) >= _MANY_CALLS:
-                self._calls.clear()
+            self._forget_many()
             strides = self._strides(q, k, v, out)
             aligned = not key[2] and is_aligned(strides, ELEMENT_BYTES[self.dtype])
             variant = Variant(
@@ -226,6 +229,11 @@ class AttentionKernel:
             call = Call(self._function(variant, q.get_device()), self._grid(q, extras), fixed, maps)
             self._calls[key] = call
             return call
+
+    def _forget_many(self) -> None:
+        """Caches of keys that grow make new calls without end."""
+        if len(self._calls) >= _MANY_CALLS:
+            self._calls.clear()
 
     @cached_property
     def _may_use_tensor_maps(self) -> bool:

@@ -10,7 +10,7 @@ import ctypes
 import struct
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from spgen.errors import ToolchainError
@@ -74,15 +74,18 @@ class Driver:
     def launch(self, function: Function, grid: int, stream: int) -> None:
         """Run a kernel whose arguments are written."""
         arguments = (function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, function.addresses)
-        status = self._launch(*arguments, None)
-        if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
-            self._use_device(function.device)
-            status = self._launch(*arguments, None)
-        self._check(status, "launching a kernel")
+        self._enqueue(lambda: int(self._launch(*arguments, None)), function.device, "launching a kernel")
 
-    def clear(self, target: int, words: int, stream: int) -> None:
-        """Set words of memory to 0, in the stream's order."""
-        self._check(self._clear(target, 0, words, stream), "clearing memory")
+    def clear(self, target: int, words: int, stream: int, device: int) -> None:
+        """Set words of the device's memory to 0, in the stream's order."""
+        self._enqueue(lambda: int(self._clear(target, 0, words, stream)), device, "clearing memory")
+
+    def _enqueue(self, doing: Callable[[], int], device: int, name: str) -> None:
+        status = doing()
+        if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
+            self._use_device(device)
+            status = doing()
+        self._check(status, name)
 
     def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
                box: Box) -> bool:  # fmt: skip
