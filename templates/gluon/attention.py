@@ -53,6 +53,7 @@ LEAST_BOX = 16  # keys that follow each other: fewer are as quick when they are 
 ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
+LEAST_REGISTERS = 24  # that setmaxnreg leaves a thread
 DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
 LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
@@ -90,8 +91,11 @@ def refusal(kernel: Op) -> str | None:
     """Why this template cannot express a kernel; None if it can."""
     if kernel["dtype"] == "float32":
         return "products of float32"
-    if kernel["block_m"] != ROWS * option(kernel, WARPGROUPS, 0) or kernel["block_n"] not in COLUMNS:
+    groups = option(kernel, WARPGROUPS, 0)
+    if groups not in (1, 2) or kernel["block_m"] != ROWS * groups or kernel["block_n"] not in COLUMNS:
         return f"tiles of {kernel['block_m']} x {kernel['block_n']}"
+    if registers(kernel)[1] < LEAST_REGISTERS:
+        return f"{registers(kernel)[0]} registers"
     if lanes(kernel["head_dim"]) > LANES[-1] or lanes(kernel["value_dim"]) > LANES[-1]:
         return f"more than {LANES[-1]} channels"
     if kernel["pack"] > 1 or is_partial(kernel) or option(kernel, "splits", 1) > 1:
@@ -110,8 +114,9 @@ def refusal(kernel: Op) -> str | None:
 def registers(kernel: Op) -> tuple[int, int]:
     """Of a thread that multiplies, and of one that does not: together what the program starts with, in steps of 8."""
     multiplying = option(kernel, WARPGROUPS, 0)
-    most = option(kernel, "registers", 240)
-    return most, REGISTERS // programs(kernel) // threads(kernel) // 8 * 8 * (multiplying + 1) - multiplying * most
+    all_of_them = REGISTERS // programs(kernel) // threads(kernel) // 8 * 8 * (multiplying + 1)
+    most = option(kernel, "registers", (all_of_them - LEAST_REGISTERS) // multiplying // 8 * 8)
+    return most, all_of_them - multiplying * most
 
 
 def threads(kernel: Op) -> int:
