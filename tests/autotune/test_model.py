@@ -298,3 +298,56 @@ def test_a_report_prints_a_line_for_each_case() -> None:
     assert len(lines) == 5
     assert "100% of the cases" in lines[-1]
     assert isinstance(fit(records, H200), Fit)
+
+
+TALL, SHORT = (
+    Config.read(text)
+    for text in (
+        "128x128 warps=12 warpgroups=2 stages=2 registers=232", "64x64 warps=8 warpgroups=1 stages=2 registers=192",
+    )
+)  # fmt: skip
+
+
+def blocks(size: int, density: float) -> Work:
+    """Causal attention of 32 heads, 8 of keys, and 32K rows, over a share of its square blocks and the diagonal."""
+    n, heads, block = 32768 // size, 32, 4.0 * 128 * size**2
+    full = round(density * n * (n - 1) / 2)
+    return Work(
+        "bfloat16", 128, 128, heads * n, heads * full, heads * n, 0, round(density * (n - 1)) + 1,
+        heads * block * (full + n / 2), 2.0 * 128 * 32768 * (32 + 8) * 2,
+    )  # fmt: skip
+
+
+WINDOW = Work("bfloat16", 128, 128, 8192, 56224, 24544, 0, 10, 574.4e9, 6.7e8)  # 1024 keys, and the first 64
+
+
+@pytest.mark.parametrize(
+    ("config", "work", "measured"),
+    [
+        (TALL, blocks(128, 1.0), 635),
+        (TALL, blocks(128, 0.25), 640),
+        (TALL, blocks(128, 0.10), 585),
+        (TALL, blocks(128, 0.05), 522),
+        (SHORT, blocks(64, 0.10), 500),
+        (TALL, WINDOW, 515),
+    ],
+)
+def test_specialised_kernels_on_the_h200(config: Config, work: Work, measured: float) -> None:
+    """`measured` in TFLOP/s of the needed pairs."""
+    predicted = work.flops / predict(work, config, Target.of("h200")).seconds / 1e12
+    assert predicted == pytest.approx(measured, rel=0.25)
+
+
+def test_specialised_kernels_pay_for_row_tiles() -> None:
+    many = replace(WORK, programs=4 * WORK.programs)
+    found, more = (predict(work, TALL, H200).terms for work in (WORK, many))
+    assert more["boundary"] == pytest.approx(4 * found["boundary"])
+    assert more["products"] == found["products"]
+    assert seconds(replace(WORK, longest=50_000), TALL) > 10 * seconds(WORK, TALL)
+
+
+def test_what_specialised_kernels_take() -> None:
+    tall, short = estimated(WORK, TALL, H200), estimated(WORK, SHORT, H200)
+    assert (occupancy(TALL, H200, tall), occupancy(SHORT, H200, short)) == (1, 2)
+    assert (tall.registers, short.registers) == (168, 128)
+    assert tall.spilled == short.spilled == 0

@@ -175,3 +175,42 @@ def test_spaces_hold_the_default_once_and_nothing_that_cannot_fit(kernel: Kernel
         assert 0 < len(own) <= 2
         assert space.is_legal(other)
     assert UNSET not in {int(text.partition("=")[2]) for config in every for text in config.options}
+
+
+FORMS = {
+    "two warpgroups": (Config(128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232")), 128, 2),
+    "two warpgroups, 64 channels": (Config(128, 128, ("warps=12", "warpgroups=2", "stages=4", "registers=232")), 64, 8),
+    "one warpgroup": (Config(64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192")), 128, 8),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_spaces_of_a_form_of_its_own_hold_plain_kernels_too(name: str) -> None:
+    default, channels, others = FORMS[name]
+    target, kernel = Target.of("h200"), Kernel("bfloat16", channels, channels)
+    plain = Config(128, 64, ("warps=8", "stages=2", "prefetch=1"))
+    work = work_of(kernel, 100)
+    space = space_of(kernel, target, default, work, plain)
+    every = list(space)
+    assert len(set(every)) == len(every)
+    special = [config for config in every if config.option("warpgroups")]
+    assert every[: len(special)] == special == [default, *space.special]
+    assert plain in every
+    assert len(space.special) == others
+    for config in special:
+        assert fits(config, work(config), target) is None
+        assert (config.block_m, config.block_n) == (default.block_m, default.block_n)
+        assert config.option("warpgroups") == default.option("warpgroups")
+        assert sorted(map(str, space.neighbours(config))) == sorted(str(one) for one in special if one != config)
+    near = space.neighbours(plain)
+    assert near
+    assert not any(config.option("warpgroups") for config in near)
+
+
+def test_warps_that_do_not_multiply_give_registers_away() -> None:
+    kernel, target = Kernel("bfloat16", 128, 128), Target.of("h200")
+    work = work_of(kernel, 100)
+    default, *_ = FORMS["two warpgroups"]
+    assert fits(default.having(registers=256), work(default), target) is None
+    assert "registers" in (fits(default.having(registers=264), work(default), target) or "")
+    assert "shared memory" in (fits(FORMS["two warpgroups"][0].having(stages=3), work(DEFAULT), target) or "")

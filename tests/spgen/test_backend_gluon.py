@@ -1,0 +1,341 @@
+"""Hopper's own form of attention without a GPU: who gets it, binaries made ahead of time, and what serves the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from spgen.arguments import Arguments
+from spgen.autotune.work import occupancy
+from spgen.backends import gluon, triton
+from spgen.backends import triton_launch as launch
+from spgen.backends.triton_binary import compile_ahead
+from spgen.backends.triton_compile import Variant
+from spgen.backends.triton_resources import resources
+from spgen.compile import Request, default_config, lower, why_plain
+from spgen.errors import CompileError
+from spgen.explain import _explained, explain_text
+from spgen.ir.config import Config
+from spgen.ir.kernel import KERNEL, option
+from spgen.ir.node import Op
+from spgen.ops import request_of
+from spgen.passes.schedule import Call
+from spgen.patterns import pattern
+from spgen.precompile import compile_text, resources_of
+from spgen.target import Target
+from spgen.tuned import Sizes, default_of, request_for
+from tests.kernel_cases import causal
+
+H200 = Target.of("h200")
+TALL = Config(128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232"))
+SHORT = Config(64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192"))
+BLOCKS = "causal() & block({0}, mask=$0: bool[8, R, C])"
+COLUMNS = "causal() & columns($0: int32[8, K])"
+
+
+def call_of(**attrs: Any) -> Call:
+    return Call(**{"dtype": "bfloat16", "head_dim": 128, "value_dim": 128, **attrs})
+
+
+def request(text: str, target: Target = H200, **attrs: Any) -> Request:
+    return Request(text, call_of(**attrs), 8, 2, False, target)
+
+
+def kernel_of(text: str, **attrs: Any) -> Op:
+    wanted = request(text, **attrs)
+    return lower(wanted, default_config(wanted)).kernel
+
+
+# text of the pattern, what the call has beside it, warpgroups
+COMPILED: dict[str, tuple[str, dict[str, Any], int]] = {
+    "all keys, 64 channels": ("dense()", {"head_dim": 64, "value_dim": 64}, 2),
+    "causal": ("causal()", {}, 2),
+    "two segments, 80 channels": ("causal() & (sink(64) | window(1000))", {"head_dim": 80, "value_dim": 80}, 2),
+    "documents, float16": ("causal() & documents($0: int32[S])", {"dtype": "float16"}, 2),
+    "blocks of 128": (BLOCKS.format(128), {"lse": True}, 2),
+    "blocks of 64": (BLOCKS.format(64), {}, 1),
+    "blocks of 64, 64 channels, float16": (
+        BLOCKS.format(64), {"dtype": "float16", "head_dim": 64, "value_dim": 64}, 1,
+    ),
+    "diagonals": ("causal() & diagonals($0: int32[8, K])", {}, 1),
+    "lengths": ("causal() & window(300)", {"kv_lengths": True}, 2),
+    "packed": ("causal()", {"cu_seqlens": True, "lse": True}, 2),
+    "packed blocks": (BLOCKS.format(64), {"cu_seqlens": True}, 1),
+    "options of scores": (
+        "causal() & window(1000)", {"q_offset": "tensor", "lse": True, "softcap": True, "sinks": True}, 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiles_ahead_of_time(name: str) -> None:
+    text, attrs, groups = COMPILED[name]
+    kernel = kernel_of(text, **attrs)
+    assert option(kernel, "warpgroups", 0) == groups
+    assert gluon.refusal(kernel, H200) is None
+    built = compile_ahead(gluon.specialised(kernel, gluon.source_path(kernel), Variant(True, True)), H200)
+    for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
+        assert instruction in built.asm["ptx"]
+    taken = resources(built, H200)
+    assert built.metadata.num_warps == option(kernel, "warps", 0)
+    assert taken.shared <= H200.smem_bytes
+    config = default_config(request(text, **attrs))
+    assert occupancy(config, H200, taken) == 2 // groups
+    assert taken.spilled <= 32
+
+
+def test_binaries_hold_for_every_tensor_map() -> None:
+    kernel = kernel_of("causal()")
+    built = gluon.binary(kernel, gluon.source_path(kernel), Variant(True, True), H200)
+    assert [list(box.extent)[::-1] for box in built.boxes] == [[1, 1, rows, 64] for rows in (64, 128, 128, 64)]
+    assert built.threads == 384
+
+
+def test_kernels_come_into_the_cache_ahead_of_their_calls() -> None:
+    shape: dict[str, Any] = {"q_shape": (1, 8, 4096, 128), "kv_heads": 2, "kv_len": 4096, "v_dim": 128}
+    path = compile_text("causal()", **shape, dtype="bfloat16", target="h200")
+    assert "warp_specialize" in path.read_text()
+    assert resources_of(request("causal()")).registers == 168
+    built = triton.build(kernel_of("causal()"), H200)
+    assert isinstance(built, gluon.HopperKernel)
+    assert built.compile_count == 1
+
+
+def test_stages_that_do_not_fit_are_an_error() -> None:
+    deep = lower(request("causal()"), TALL.having(stages=4)).kernel
+    with pytest.raises(CompileError, match=r"bytes of shared memory"):
+        gluon.binary(deep, gluon.source_path(deep), Variant(True, True), H200)
+
+
+def test_what_is_refused_gets_plain_triton_over_the_same_tiles() -> None:
+    kernel = kernel_of("causal()", bias="key")
+    assert option(kernel, "warpgroups", 0) == 2  # a plan knows of no bias
+    built = triton.build(kernel, H200)
+    assert type(built) is triton.AttentionKernel
+    assert built.kernel == gluon.portable(kernel) == triton.served(kernel, H200)
+    assert (built.kernel["block_m"], built.kernel["block_n"]) == (128, 128)
+    assert not option(built.kernel, "warpgroups", 0)
+    assert "import gluon" not in built.source
+    taken = resources_of(request("causal()", bias="key"))
+    assert taken.shared <= H200.smem_bytes
+    assert taken.spilled <= 32
+    assert triton.served(kernel_of("causal()"), H200) == kernel_of("causal()")
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "gfx942"])
+def test_other_targets_refuse_what_was_tuned_for_hopper(arch: str) -> None:
+    target = Target.of(arch)
+    kernel = lower(request("causal()", target), TALL).kernel
+    assert gluon.refusal(kernel, target) == f"{arch}, which is not Hopper"
+    assert not option(triton.build(kernel, target).kernel, "warpgroups", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "attrs", "wanted"),
+    [
+        ("causal()", {}, TALL),
+        ("dense()", {"head_dim": 64, "value_dim": 64}, TALL.having(stages=4)),
+        ("causal() & window(64)", {"dtype": "float16", "cu_seqlens": True, "kv_lengths": True}, TALL),
+        (BLOCKS.format(128), {}, TALL),
+        (BLOCKS.format(256), {}, TALL),
+        (BLOCKS.format(64), {}, SHORT),
+        (BLOCKS.format(64), {"head_dim": 64, "value_dim": 64}, SHORT.having(stages=4)),
+        (BLOCKS.format(32), {}, None),
+        ("causal()", {"dtype": "float32"}, None),
+        ("causal()", {"head_dim": 192}, None),
+        ("causal()", {"value_dim": 256}, None),
+        (COLUMNS, {}, None),
+        ("causal() & stripe(8)", {}, None),
+        ("permuted(window(64), q=$0: int32[8, N], k=$1: int32[8, N])", {}, None),
+        ("causal() & permuted(window(64), k=$0: int32[8, N])", {}, TALL),  # masked by ranks
+    ],
+)
+def test_who_gets_the_form(text: str, attrs: dict[str, Any], wanted: Config | None) -> None:
+    found = default_config(request(text, **attrs))
+    if wanted is None:
+        assert not found.option("warpgroups")
+        assert found == default_config(request(text, **attrs), plain=True)
+    else:
+        assert found == wanted
+    for arch in ("sm_80", "sm_100", "gfx942"):
+        assert not default_config(request(text, Target.of(arch), **attrs)).option("warpgroups")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 17, 64, 65, 4096])
+def test_calls_of_few_rows_are_plain(rows: int) -> None:
+    sizes = Sizes(16, rows, 4096)
+    for kv_heads in (8, 2):
+        found = request_for("causal()", call_of(), 8, kv_heads, H200, sizes)
+        config = found.config or default_config(found)
+        assert bool(config.option("warpgroups")) == (rows > 64)
+        assert triton.refusal(lower(found, config).kernel, H200) is None
+
+
+def test_split_keys_are_plain() -> None:
+    few, many = (Sizes(1, rows, 32768) for rows in (256, 8192))
+    config = default_of(request("causal()"), few)
+    assert config.option("splits") > 1
+    assert not config.option("warpgroups")
+    assert default_of(request("causal()"), many) == TALL
+    assert not default_of(request("causal()"), many, plain=True).option("warpgroups")
+
+
+@pytest.mark.parametrize("text", ["causal()", BLOCKS.format(128), BLOCKS.format(64), COLUMNS])
+@pytest.mark.parametrize(
+    "attrs", [{"lse": True}, {"bias": "key"}, {"bias": "alibi"}, {"softcap": True}, {"sinks": True}]
+)
+def test_plans_and_calls_choose_the_same_tiles(text: str, attrs: dict[str, Any]) -> None:
+    assert default_config(request(text, **attrs)) == default_config(request(text))
+    assert lower(request(text, **attrs), default_config(request(text, **attrs))).program == (
+        lower(request(text), default_config(request(text))).program
+    )
+
+
+def test_the_interpreter_knows_plain_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    special, plain = (
+        kernel_of("causal()"),
+        lower(request("causal()"), default_config(request("causal()"), plain=True)).kernel,
+    )
+    assert triton.refusal(plain, H200) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.refusal(special, H200) == "Triton's interpreter"
+    assert triton.refusal(plain, H200) is None
+
+
+def explained(text: str, **options: Any) -> str:
+    call = {
+        "q_shape": (1, 8, 4096, 128), "kv_heads": 8, "kv_len": 4096, "v_dim": 128, "dtype": "bfloat16",
+        "target": "h200", "ir": False, "source": False,
+    }  # fmt: skip
+    found = explain_text(text, **{**call, **options})
+    return next(line for line in found.splitlines() if line.startswith("kernel"))
+
+
+def test_explanations_say_why_a_kernel_is_plain() -> None:
+    assert "gluon attention: row tiles of 128 x 128 keys; warps=12, warpgroups=2" in explained("causal()")
+    assert "plain" not in explained("causal()")
+    listed = explained(COLUMNS)
+    assert listed.startswith("kernel     triton attention")
+    assert listed.endswith("plain, because of keys that do not follow each other")
+    assert explained("causal() & where((i * j) % 3 == 0)").startswith("kernel     gluon attention")
+    assert explained("causal()", q_shape=(1, 8, 4, 128), kv_heads=2).endswith("plain, because of calls of few rows")
+    assert "plain" not in explained(COLUMNS, target="sm_80")  # which has no other form
+    assert why_plain(request("causal()", Target.of("sm_80"))) is None
+
+
+def test_explanations_speak_of_the_kernel_that_serves() -> None:
+    q, k = torch.empty(1).expand(1, 8, 4096, 128).bfloat16(), torch.empty(1).expand(1, 2, 4096, 128).bfloat16()
+    without = Arguments(q, k, k, (), "causal()")
+    texts, times = [], []
+    for arguments in (without, replace(without, bias=torch.zeros(1, 1, 4096))):
+        report = _explained(request_of(arguments, target=H200), pattern("causal()"), arguments)
+        assert report.prediction is not None
+        times.append(report.prediction.seconds)
+        texts.append(str(report))
+    assert "gluon attention" in texts[0]
+    assert "triton attention: row tiles of 128 x 128 keys; warps=8, stages=2" in texts[1]
+    assert "plain, because of a bias" in texts[1]
+    assert times[1] > times[0]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A driver that has tensor maps or not, and encodes none."""
+    found = SimpleNamespace(has_tensor_maps=True, encode=lambda *_: False)
+    for module in (gluon, launch):
+        monkeypatch.setattr(module, "driver", lambda: found)
+    return found
+
+
+def prepared(kernel: gluon.HopperKernel, rows: int) -> launch.Call | None:
+    q, k = torch.zeros(1, 4, rows, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
+    lse = torch.zeros(1, 4, rows)
+    return kernel._call(q, k, k, q.clone(), lse, (), None, None, 0.1, triton.NO_EXTRAS)[0]
+
+
+def hopper() -> gluon.HopperKernel:
+    kernel = causal(128, 128).kernel
+    attrs = {**dict(kernel.attrs), "dtype": "bfloat16", "options": TALL.options}
+    return gluon.HopperKernel(KERNEL.make("attention", *kernel.operands, **attrs), H200)
+
+
+def test_calls_that_no_tensor_map_expresses_are_remembered(driver: SimpleNamespace) -> None:
+    kernel = hopper()
+    assert prepared(kernel, 200) is prepared(kernel, 200) is None
+    assert list(kernel._calls.values()) == [None]
+    driver.encode = None  # would fail
+    assert prepared(kernel, 200) is None
+    plain = kernel._instead()
+    assert plain.kernel == gluon.portable(kernel.kernel)
+    assert kernel._instead() is plain
+
+
+def test_refused_calls_are_forgotten_some_day(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_MANY_CALLS", 8)
+    kernel = hopper()
+    for rows in range(1, 30):
+        assert prepared(kernel, rows) is None
+    assert len(kernel._calls) <= 8
+
+
+def test_an_old_driver_compiles_nothing(driver: SimpleNamespace) -> None:
+    driver.has_tensor_maps = False
+    kernel = hopper()
+    assert prepared(kernel, 200) is None
+    assert kernel.compile_count == 0
+
+
+def test_a_compiler_that_fails_is_asked_once(
+    driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+
+    def broken(*_: object) -> None:
+        asked.append(1)
+        raise AttributeError("module has no attribute warp_specialize")
+
+    monkeypatch.setattr(gluon, "binary", broken)
+    gluon._say_once.cache_clear()
+    kernel = hopper()
+    assert [prepared(kernel, rows) for rows in (100, 200, 300)] == [None] * 3
+    assert len(asked) == 1
+    assert sum("plain Triton serves" in record.message for record in caplog.records) == 1
+
+
+def test_faults_that_users_must_see_are_not_hidden(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> None:
+        raise CompileError("kernel", given="one that is not in the cache")
+
+    monkeypatch.setattr(gluon, "binary", forbidden)
+    with pytest.raises(CompileError, match="not in the cache"):
+        prepared(hopper(), 100)
+
+
+@pytest.mark.parametrize("name", ["clear", "launch"])
+def test_a_thread_without_a_context_gets_one(name: str) -> None:
+    driver, used = object.__new__(launch.Driver), []
+
+    def enqueue(*_: object) -> int:
+        return 0 if used else 201
+
+    driver._clear = driver._launch = enqueue
+    driver._use_device = used.append  # type: ignore[method-assign]
+    function = SimpleNamespace(handle=0, threads=384, shared=0, device=3, addresses=None)
+    calls: dict[str, Callable[[], None]] = {
+        "clear": lambda: driver.clear(0, 1, 0, 3),
+        "launch": lambda: driver.launch(function, 1, 0),  # type: ignore[arg-type]
+    }
+    calls[name]()
+    assert used == [3]
+
+
+def test_sources_are_files_of_their_own() -> None:
+    kernel = kernel_of("causal()")
+    built = triton.build(kernel, H200)
+    assert built.path.read_text() == built.source
+    assert built.path != triton.build(gluon.portable(kernel), H200).path
