@@ -11,7 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -247,10 +247,21 @@ class Records:
                     temporary.unlink()
                 raise
         except OSError as fault:
-            raise RecordError(
-                str(path), given=fault.strerror or "not writable", allowed="a file that can be written",
-                remedy="choose another with --records or SPGEN_RECORDS",
-            ) from fault  # fmt: skip
+            raise _not_writable(path, fault) from fault
+
+    def update(self, path: Path, *own: Record) -> None:
+        """Add records and save, together with what other processes have saved to the file meanwhile.
+
+        They take turns. Of the calls of `own` these records are kept, of others as `merge` does. Raises RecordError
+        where the file, or the lock beside it, cannot be written.
+        """
+        with _locked(path):
+            for record in own:
+                self.add(record)
+            if path.exists():
+                mine = {record.identity for record in own}
+                self.merge(other for other in Records.load(path) if other.identity not in mine)
+            self.save(path)
 
     def nearest(
         self, key: Key, bucket: Bucket, toolchain: str, suits: Callable[[Record], bool] = lambda record: True
@@ -271,6 +282,30 @@ class Records:
                 continue
             best, least = record, distance
         return best, stale
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """While one process at a time holds the lock beside a file."""
+    import filelock
+
+    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as fault:  # the latter of a file system without locks
+        raise _not_writable(path, fault) from fault
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _not_writable(path: Path, fault: Exception) -> RecordError:
+    return RecordError(
+        str(path), given=getattr(fault, "strerror", None) or "not writable", allowed="a file that can be written",
+        remedy="choose another with --records or SPGEN_RECORDS",
+    )  # fmt: skip
 
 
 def _rank(record: Record) -> tuple[int, str]:

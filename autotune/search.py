@@ -74,7 +74,7 @@ def tune(
     """
     chosen = EFFORTS[effort]
     search = _Search(problem, save, said)
-    search.compare_with_before()
+    search.compare_with_before(chosen.rounds)
     search.trying(favourites(problem.record.default, problem.configs(), chosen.favourites))
     for _ in range(chosen.steps):
         best = search.best()
@@ -99,16 +99,16 @@ class _Search:
         self._problem, self._save, self._said = problem, save, said
         self.record = problem.record
 
-    def compare_with_before(self) -> None:
+    def compare_with_before(self, rounds: int) -> None:
         """Bring earlier readings to what this machine does now: it may be warmer, or be shared with others.
 
-        By the default, which is measured again; all of them are scaled alike.
+        By the default, which is measured again; all of them are scaled alike, so one disturbed reading must not decide.
         """
         default, trials = self.record.default, self.record.trials
         if default not in trials or trials[default].fault:
             return
         for _, fault in self._problem.compiled([default]):
-            found = fault or self._problem.measure([default], 1)[default]
+            found = fault or self._problem.measure([default], rounds)[default]
             if isinstance(found, Sample):
                 ratio = found.seconds / trials[default].seconds
                 scaled = {config: replace(trial, seconds=trial.seconds * ratio) for config, trial in trials.items()}

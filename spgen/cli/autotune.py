@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spgen.cli.options import CallOptions, with_groups
-from spgen.errors import DeviceError, RecordError, ShapeError, WorkloadError
+from spgen.errors import DeviceError, RecordError, ShapeError, UnsupportedError, WorkloadError
 
 if TYPE_CHECKING:
     from spgen.autotune.records import Record, Records
@@ -36,7 +36,7 @@ def autotune(
     ] = None,
     effort: Annotated[Effort, typer.Option(help="How much is tried.")] = Effort.standard,
     density: Annotated[float, typer.Option(help="Share of blocks, columns … drawn for the pattern's slots.")] = 0.1,
-    devices: Annotated[str, typer.Option(help="GPUs side by side: 0,1 or all.")] = "0",
+    devices: Annotated[str | None, typer.Option(help="GPUs side by side: 0,1 or all; otherwise the first.")] = None,
     records: Annotated[Path | None, typer.Option(help="The file to keep results in.")] = None,
     export: Annotated[Path | None, typer.Option(help="Only write all known records of the target to a file.")] = None,
     merge: Annotated[list[Path] | None, typer.Option(help="Only take over the records of this file.")] = None,
@@ -62,6 +62,7 @@ def autotune(
             print(f"{name:20} {about}")
         return
     target = Target.of(call.target)
+    _check_options(target, devices, report, plot)
     if report:
         _report(target, records, plot)
         return
@@ -83,11 +84,24 @@ def autotune(
     if offline:
         _offline(cases, target, effort.value)
         return
-    known.save(path)  # a file that cannot be written is told before minutes of work, not after
+    known.update(path)  # a file that cannot be written is told before minutes of work, not after
     done = [record for case in cases if (record := _finished(known, case, target, effort)) is not None]
     left = [case for case in cases if _finished(known, case, target, effort) is None]
-    found = [*done, *(_run(left, target, known, path, effort.value, devices) if left else [])]
+    found = [*done, *(_run(left, target, known, path, effort.value, devices or "0") if left else [])]
     _show(found, path)
+
+
+def _check_options(target: Target, devices: str | None, report: bool, plot: Path | None) -> None:
+    """Refuse options that would have no effect."""
+    if plot is not None and not report:
+        raise UnsupportedError(
+            "--plot", given=f"{plot}, without --report", allowed="with --report alone", remedy="add --report"
+        )
+    if devices is not None and target.kind == "cpu":
+        raise DeviceError(
+            "--devices", given=f"{devices!r}, for {target.name}", allowed="with GPUs as the target",
+            remedy="leave it out, or say --target cuda",
+        )  # fmt: skip
 
 
 def _own_file(target: Target) -> Path:
@@ -138,7 +152,7 @@ def _merge(known: Records, path: Path, others: Sequence[Path]) -> None:
         if not is_same(theirs.device, known.device):
             raise _another_device(other, theirs, known)
         print(f"{known.merge(theirs)} of {len(theirs)} records taken from {other}")
-    known.save(path)
+    known.update(path)
 
 
 def _case(pattern: str, call: CallOptions, density: float) -> Case:

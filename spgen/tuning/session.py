@@ -213,8 +213,4 @@ class Session:
 
     def _save(self, record: Record) -> None:
         with self._lock:
-            self.records.add(record)
-            if self.path.exists():  # another process may be tuning other calls into the same file
-                others = [one for one in Records.load(self.path) if one.identity not in self.records.found]
-                self.records.merge(others)
-            self.records.save(self.path)
+            self.records.update(self.path, record)

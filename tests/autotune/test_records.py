@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,53 @@ records = st.builds(
 def record(bucket: Bucket, **changes: object) -> Record:
     done = Record(KEY, bucket, "one", DEFAULT, DEFAULT, "triton 3.6", effort="standard", when="2026-01-01")
     return replace(done, **changes)
+
+
+def test_processes_that_save_into_one_file_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits while the first has read the file and not yet written it; neither record is lost."""
+    path, real = tmp_path / "mine.json", Records.load
+    Records(H200).save(path)
+    has_read, may_write = threading.Event(), threading.Event()
+
+    def load(path: Path) -> Records:
+        found = real(path)
+        if threading.current_thread() is first:
+            has_read.set()
+            assert may_write.wait(30)
+        return found
+
+    monkeypatch.setattr(Records, "load", staticmethod(load))
+    first, second = (
+        threading.Thread(target=Records(H200).update, args=(path, record(Bucket(rows, 1, 1)))) for rows in (1, 2)
+    )
+    first.start()
+    assert has_read.wait(30)
+    second.start()
+    second.join(0.3)
+    assert second.is_alive()
+    may_write.set()
+    for thread in (first, second):
+        thread.join(30)
+    assert {one.bucket.rows for one in real(path)} == {1, 2}
+
+
+def test_an_update_keeps_its_own_records_and_the_better_ones_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    others = Records(H200)
+    for rows in (1, 2):
+        others.add(record(Bucket(rows, 1, 1), effort="thorough"))
+    others.save(path)
+    mine = Records(H200)
+    mine.add(record(Bucket(1, 1, 1), effort="quick"))
+    mine.update(path, record(Bucket(2, 1, 1), effort=""))
+    for found in (mine, Records.load(path)):
+        assert {one.bucket.rows: one.effort for one in found} == {1: "thorough", 2: ""}
+
+
+def test_an_update_of_a_file_that_cannot_be_locked_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="choose another with --records"):
+        Records(H200).update(tmp_path / "file" / "mine.json")
 
 
 @given(configs)

@@ -127,6 +127,26 @@ def test_readings_of_a_cooler_machine_are_scaled_to_what_it_does_now() -> None:
     assert cool.times[found.config] == pytest.approx(min(cool.times[config] for config in found.trials), rel=0.006)
 
 
+@dataclass
+class Disturbed(Fake):
+    """The first of its readings is far too slow."""
+
+    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
+        first = not self.measured
+        found = dict(super().measure(configs, rounds))
+        if first and rounds < 3:  # else the median does not see it
+            found |= {config: Sample(16 * self.times[config], 0.0, rounds) for config in configs}
+        return found
+
+
+def test_one_disturbed_reading_does_not_scale_what_is_known() -> None:
+    first = run(fake(4), "quick")
+    again = fake(4, record=replace(first, effort=""))
+    found = run(Disturbed(again.times, again.likes, again.record), "standard")
+    for config, trial in found.trials.items():
+        assert trial.seconds == pytest.approx(again.times[config])
+
+
 def problem_time(seed: int, found: Record) -> float:
     return fake(seed).times[found.config]
 
