@@ -55,6 +55,7 @@ COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
 LEAST_REGISTERS = 24  # that setmaxnreg leaves a thread
 DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
+VECTOR = 8  # channels, of which tensor maps take multiples
 LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "b", "hk", "h", "tile", "kv_len", "q_offset")
@@ -98,6 +99,8 @@ def refusal(kernel: Op) -> str | None:
         return f"{registers(kernel)[0]} registers"
     if lanes(kernel["head_dim"]) > LANES[-1] or lanes(kernel["value_dim"]) > LANES[-1]:
         return f"more than {LANES[-1]} channels"
+    if kernel["head_dim"] % VECTOR or kernel["value_dim"] % VECTOR:
+        return "rows that do not begin at multiples of 16 bytes"
     if kernel["pack"] > 1 or is_partial(kernel) or option(kernel, "splits", 1) > 1:
         return "calls of few rows"
     if kernel["row"] is not None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from spgen.arguments import Arguments
 from spgen.autotune.work import occupancy
@@ -148,6 +150,7 @@ def test_other_targets_refuse_what_was_tuned_for_hopper(arch: str) -> None:
         (BLOCKS.format(32), {}, None),
         ("causal()", {"dtype": "float32"}, None),
         ("causal()", {"head_dim": 192}, None),
+        ("causal()", {"head_dim": 50, "value_dim": 50}, None),
         ("causal()", {"value_dim": 256}, None),
         (COLUMNS, {}, None),
         ("causal() & stripe(8)", {}, None),
@@ -183,6 +186,23 @@ def test_split_keys_are_plain() -> None:
     assert not config.option("warpgroups")
     assert default_of(request("causal()"), many) == TALL
     assert not default_of(request("causal()"), many, plain=True).option("warpgroups")
+
+
+def test_symbolic_sizes_are_only_compared() -> None:
+    """Under torch.compile a length is a symbol, which must not become a number."""
+    shapes = ShapeEnv()
+
+    def symbol(name: str, value: int) -> Any:
+        source = ConstantSource(name)
+        made = shapes.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC)
+        return shapes.create_symintnode(made, hint=value, source=source)
+
+    rows, keys = symbol("rows", 8000), symbol("keys", 9000)
+    for text in ("causal()", COLUMNS):
+        found = request_for(text, call_of(), 8, 8, H200, Sizes(1, rows, keys, ((8, 100),)))
+        assert bool((found.config or default_config(found)).option("warpgroups")) == (text == "causal()")
+    assert not shapes.replacements
+    assert shapes.guards
 
 
 @pytest.mark.parametrize("text", ["causal()", BLOCKS.format(128), BLOCKS.format(64), COLUMNS])

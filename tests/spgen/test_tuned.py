@@ -149,6 +149,19 @@ def test_a_record_does_not_change_how_float32_is_multiplied(directory: Path) -> 
         assert request_for("causal()", call, 8, 8, target, sizes).config is None
 
 
+def test_records_that_know_another_form_as_the_default_are_passed_over(directory: Path) -> None:
+    target, call, sizes = Target.of("sm_90"), Call("bfloat16", 128, 128), Sizes(1, 8192, 8192)
+    request = request_for("causal()", call, 8, 8, target, sizes)
+    fast = Config(128, 64, ("warps=8", "stages=3"))
+    for default, wanted, said in (
+        (default_config(request, plain=True), None, "default: records of another form passed over"),
+        (default_config(request), fast, "record mine of mine.json"),
+    ):
+        keep(directory, record_for(request, sizes, fast, default=default), device=tuned.device_of(target))
+        assert request_for("causal()", call, 8, 8, target, sizes).config == wanted
+        assert str(choice(request, sizes)).startswith(said)
+
+
 def test_a_new_length_in_the_same_bucket_compiles_nothing(directory: Path) -> None:
     call = arguments(200)
     keep(directory, record_for(request_of(call), sizes_of(call), other(request_of(call))))
