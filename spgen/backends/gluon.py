@@ -29,8 +29,9 @@ from spgen.target import Target
 from spgen.templates.gluon import attention
 from spgen.templates.triton.attention import Parameter
 
-_OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
+_OWN_OPTIONS = (attention.WARPGROUPS, attention.GATHERS, "warps", "stages", "registers")
 _ARCH = "sm_90"
+_FIXED = ("i32", "i64", "stride", "step")
 
 
 def refusal(kernel: Op, target: Target) -> str | None:
@@ -53,7 +54,7 @@ class HopperKernel(AttentionKernel):
     def __init__(self, kernel: Op, target: Target) -> None:
         super().__init__(kernel, target)
         self._parameters = attention.parameters(kernel)
-        self._fixed = [p.name for p in self._parameters if p.type in ("i32", "i64") and p.name != "q_offset"]
+        self._fixed = [p.name for p in self._parameters if p.type in _FIXED and p.name != "q_offset"]
         self._plain: AttentionKernel | None = None
         self._compiles = True
 
@@ -109,16 +110,18 @@ class HopperKernel(AttentionKernel):
             )  # fmt: skip
             maps: list[TensorMap] = []
             aligned = not key[2] and strides[-1] == 1 and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype])
-            if aligned and k.numel() and driver().has_tensor_maps:
+            # offsets of rows that are brought one by one are of 32 bits
+            small = not attention.gathers(self.kernel) or k.shape[2] * max(strides[6], strides[10]) < 2**31
+            if aligned and small and k.numel() and driver().has_tensor_maps:
                 maps = self._maps_or_none(variant, changing, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
                 self._calls[key] = None
                 return None
             tiles = self._grid(q, extras)
-            sizes = lengths_of(q, k, extras)
-            if extras.cu_seqlens_q is not None:
-                sizes += strides[-3:-1]
-            sizes.append(tiles)
+            lengths = lengths_of(q, k, extras)
+            rows = [*strides[4:7], *strides[8:11]] if attention.gathers(self.kernel) else []
+            packed = [*lengths[4:], *strides[-3:-1]] if self.kernel["cu_seqlens"] else []
+            sizes = [*lengths[:4], *rows, *packed, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
             call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
             self._calls[key] = call
@@ -198,6 +201,7 @@ def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
     """The rendered function as a variant needs it."""
     types = {parameter.name: _type(kernel, parameter, variant) for parameter in attention.parameters(kernel)}
     divisors = dict.fromkeys(("q", "k", "v", "out"), VECTOR)
+    divisors |= {p.name: VECTOR // 2 for p in attention.parameters(kernel) if p.type in ("stride", "step")}
     shared = attention.programs(kernel) > 1
     cap = attention.REGISTERS // attention.programs(kernel) // attention.threads(kernel) if shared else 0
     return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, 4, 1, cap)
@@ -209,6 +213,8 @@ def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
         return f"*{dtype}"
     if parameter.type == "*index":
         return f"*{getattr(variant, parameter.name)}"
+    if parameter.type in ("stride", "step"):
+        return "i64" if parameter.type == "stride" else "i32"
     if parameter.type == "desc":
         rows, lanes = attention.box_of(kernel, parameter.name)
         layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"

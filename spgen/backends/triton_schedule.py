@@ -11,6 +11,7 @@ The options of a kernel that this backend knows:
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
 | `splits` | programs that share the keys of a row tile, where row tiles are fewer than a device runs (default: 1) |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
+| `gathers` | 1: beside `warpgroups`, keys that lie apart are brought one by one (otherwise plain Triton serves them) |
 | `warpgroups` | 1 or 2 that multiply, beside warps that bring tiles: the form of spgen/backends/gluon.py, on Hopper |
 """
 
@@ -44,6 +45,7 @@ _BESIDE = 16 * 1024  # bytes of shared memory for what is not a tile of K or V
 # Of the form whose warps are specialised: channels, block_m, block_n, warps, warpgroups, stages, registers. Where rows
 # differ by 64, two programs of one warpgroup share a multiprocessor.
 _SPECIALISED = ((64, 128, 128, 12, 2, 4, 232), (128, 128, 128, 12, 2, 2, 232))
+_LEAST_ROWS = 32  # that share what data list: a row tile is masked where there are fewer than it has
 _SPECIALISED_SHORT = ((64, 64, 64, 8, 1, 4, 192), (128, 64, 64, 8, 1, 2, 192))
 
 
@@ -57,7 +59,7 @@ def specialised_config(
     if found is None or dtype == "float32" or not _is_hopper(target):
         return None
     block_m, block_n, warps, warpgroups, stages, registers = found
-    if (rows is not None and rows < block_m) or (height is not None and height <= _LOW_HEIGHTS[-1]):
+    if (rows is not None and rows < _LEAST_ROWS) or (height is not None and height <= _LOW_HEIGHTS[-1]):
         return None
     options = (f"warps={warps}", f"warpgroups={warpgroups}", f"stages={stages}", f"registers={registers}")
     return Config(block_m, block_n, options)

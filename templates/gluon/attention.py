@@ -50,10 +50,11 @@ from spgen.templates.triton.masks import Places
 ENTRY = "attention"
 WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form: 1 or 2 warpgroups that multiply
 LEAST_BOX = 16  # keys that follow each other: fewer are as quick when they are gathered
+GATHERS = "gathers"  # the option by which keys that lie apart are brought one by one, too
 ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
-LEAST_REGISTERS = 24  # that setmaxnreg leaves a thread
+LEAST_REGISTERS, BRING_REGISTERS = 24, 72  # that setmaxnreg leaves a thread; of one that brings single rows
 DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
 VECTOR = 8  # channels, of which tensor maps take multiples
 LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
@@ -73,6 +74,7 @@ class Segment:
     bound_values: tuple[Printed, ...]
     full_start: str  # the name, or "" if there are no whole tiles
     direct: bool  # keys of a tile follow each other
+    gathered: bool  # hardly any do: rows are brought one by one
     columns: tuple[Printed, ...]  # where its boxes begin; where they follow each other, the first
     column_is_position: bool
     upper: Printed | None  # the first column of a tile that is too far, from `stop` of all rows
@@ -95,8 +97,8 @@ def refusal(kernel: Op) -> str | None:
     groups = option(kernel, WARPGROUPS, 0)
     if groups not in (1, 2) or kernel["block_m"] != ROWS * groups or kernel["block_n"] not in COLUMNS:
         return f"tiles of {kernel['block_m']} x {kernel['block_n']}"
-    if registers(kernel)[1] < LEAST_REGISTERS:
-        return f"{registers(kernel)[0]} registers"
+    if registers(kernel)["bring"] < LEAST_REGISTERS:
+        return f"{registers(kernel)['multiply']} registers"
     if lanes(kernel["head_dim"]) > LANES[-1] or lanes(kernel["value_dim"]) > LANES[-1]:
         return f"more than {LANES[-1]} channels"
     if kernel["head_dim"] % VECTOR or kernel["value_dim"] % VECTOR:
@@ -107,24 +109,38 @@ def refusal(kernel: Op) -> str | None:
         return "permuted rows"
     if kernel["bias"] != "none":
         return "a bias"
-    if not parts(kernel, "segment") or box_rows(kernel) < LEAST_BOX:
+    segments = parts(kernel, "segment")
+    apart = gathers(kernel) and not option(kernel, GATHERS, 0)
+    if not segments or apart or any(op["key"] is not None for op in segments):
         return "keys that do not follow each other"
     if reads_per_pair(kernel):
         return "masks that read tables pair by pair"
     return None
 
 
-def registers(kernel: Op) -> tuple[int, int]:
-    """Of a thread that multiplies, and of one that does not: together what the program starts with, in steps of 8."""
-    multiplying = option(kernel, WARPGROUPS, 0)
-    all_of_them = REGISTERS // programs(kernel) // threads(kernel) // 8 * 8 * (multiplying + 1)
-    most = option(kernel, "registers", (all_of_them - LEAST_REGISTERS) // multiplying // 8 * 8)
-    return most, all_of_them - multiplying * most
+def registers(kernel: Op) -> dict[str, int]:
+    """Of a thread that multiplies, that brings tiles and that hands them out: all there are, in steps of 8.
+
+    Rows that are brought one by one take a warpgroup of their own.
+    """
+    count, groups = option(kernel, WARPGROUPS, 0), threads(kernel) // 128
+    all_of_them = REGISTERS // programs(kernel) // threads(kernel) // 8 * 8 * groups
+    if not brings_by_warpgroup(kernel):
+        most = option(kernel, "registers", (all_of_them - LEAST_REGISTERS) // count // 8 * 8)
+        rest = all_of_them - count * most
+        return {"multiply": most, "bring": rest, "schedule": rest}
+    most = (all_of_them - BRING_REGISTERS - LEAST_REGISTERS) // count // 8 * 8
+    return {"multiply": most, "bring": all_of_them - count * most - LEAST_REGISTERS, "schedule": LEAST_REGISTERS}
+
+
+def brings_by_warpgroup(kernel: Op) -> bool:
+    """Whether a warpgroup brings tiles, instead of one warp: rows one by one, for two warpgroups that multiply."""
+    return gathers(kernel) and option(kernel, WARPGROUPS, 0) > 1
 
 
 def threads(kernel: Op) -> int:
-    """Of a program: the warps that do not multiply count as a warpgroup."""
-    return 128 * (option(kernel, WARPGROUPS, 0) + 1)
+    """Of a program: warps that do not multiply count as a warpgroup, or two."""
+    return 128 * (option(kernel, WARPGROUPS, 0) + (2 if brings_by_warpgroup(kernel) else 1))
 
 
 def programs(kernel: Op) -> int:
@@ -158,8 +174,14 @@ def load_of(column: Expr) -> Expr | None:
 
 
 def box_rows(kernel: Op) -> int:
-    """Rows of K or V that are brought at once."""
-    return min(run_of(op, kernel["block_n"]) for op in parts(kernel, "segment"))
+    """Rows of K or V that are brought at once, where they are not brought one by one."""
+    runs = [run_of(op, kernel["block_n"]) for op in parts(kernel, "segment")]
+    return min((run for run in runs if run >= LEAST_BOX), default=kernel["block_n"])
+
+
+def gathers(kernel: Op) -> bool:
+    """Whether rows of K and V are brought one by one in any segment."""
+    return any(run_of(op, kernel["block_n"]) < LEAST_BOX for op in parts(kernel, "segment"))
 
 
 def box_of(kernel: Op, name: str) -> tuple[int, int]:
@@ -195,6 +217,9 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         yield "sink_logits", "*fp32"
     yield "tickets", "*i32"
     yield from ((size, "i32") for size in ("q_len", "k_len", "n_key_heads", "group"))
+    if gathers(kernel):
+        for tensor in ("k", "v"):
+            yield from ((f"{tensor}_b", "stride"), (f"{tensor}_h", "stride"), (f"{tensor}_n", "step"))
     if kernel["cu_seqlens"]:
         yield from (("n_sequences", "i32"), ("out_h", "i64"), ("out_n", "i64"))
     yield "n_tickets", "i32"
@@ -225,11 +250,12 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "box": box_rows(kernel),
         "stages": option(kernel, "stages", 2),
         "warpgroups": option(kernel, WARPGROUPS, 0),
-        "registers": registers(kernel)[0],
-        "others": registers(kernel)[1],
+        "registers": registers(kernel),
+        "gathers": gathers(kernel),
         "q_offset": kernel["q_offset"],
         "kv_lengths": kernel["kv_lengths"],
         "cu_seqlens": kernel["cu_seqlens"],
+        "head_dim": kernel["head_dim"],
         "value_dim": kernel["value_dim"],
         "softcap": kernel["softcap"],
         "sinks": kernel["sinks"],
@@ -265,6 +291,7 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     rest = reduce(and_, others) if others else None
     mask = None if rest is None else printing.mask(rest, frozenset(), _OWN)
     direct, box = run_of(op, kernel["block_n"]) == kernel["block_n"], box_rows(kernel)
+    gathered = run_of(op, kernel["block_n"]) < LEAST_BOX
     lets = _row_lets(kernel, [wanted], printing)
     bodies = [let["value"] for let in lets]
     speaks = [wanted, *bodies, var("kv_len")]
@@ -290,10 +317,8 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         bound_values=(),
         full_start=names[1] if has_full else "",
         direct=direct,
-        columns=tuple(
-            printing.text(substitute(op["column"], {"p": var("p0") + x * box}), f"column_{x}")
-            for x in range(1 if direct else kernel["block_n"] // box)
-        ),
+        gathered=gathered,
+        columns=_columns(op["column"], printing, box, 0 if gathered else 1 if direct else kernel["block_n"] // box),
         column_is_position=op["column"] is var("p"),
         upper=None if upper is None else printing.text(upper, "upper", **own),
         lower=None if lower is None else printing.text(lower, "lower", **own),
@@ -309,6 +334,14 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         speaks_of_rows=rows,
         deals=mask is not None and any(f"{DEAL}(" in line for line in mask.lines),
     )
+
+
+def _columns(column: Expr, printing: Printing, box: int, count: int) -> tuple[Printed, ...]:
+    """Where the boxes of a tile begin, `count` of them; 0: the vector of all its columns."""
+    if not count:
+        return (printing.text(column, "column"),)
+    firsts = (substitute(column, {"p": var("p0") + x * box}) for x in range(count))
+    return tuple(printing.text(first, f"column_{x}") for x, first in enumerate(firsts))
 
 
 def _limits(mask: Expr, places: Places) -> tuple[list[Expr], list[Expr], list[Expr]]:

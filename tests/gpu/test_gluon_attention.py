@@ -18,8 +18,8 @@ hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")]
 
 FORMS = {
-    "two warpgroups": (128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232")),
-    "one warpgroup": (64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192")),
+    "two warpgroups": (128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232", "gathers=1")),
+    "one warpgroup": (64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192", "gathers=1")),
 }
 
 
@@ -79,6 +79,41 @@ def test_block_lists(size: int, length: int) -> None:
         q, k, v = rows(length)
         assert is_specialised(pattern, q, k)
         assert_agrees(pattern, q, k, v, tolerance=4e-2)
+
+
+NARROW = {
+    "64 keys": lambda: sp.causal() & sp.block(128, 64, mask=torch.rand(4, 8, 16, device="cuda") < 0.4),
+    "16 keys": lambda: sp.causal() & sp.block(128, 16, mask=torch.rand(4, 8, 64, device="cuda") < 0.4),
+    "32 keys for 64 rows": lambda: sp.block(64, 32, indices=torch.randint(-2, 33, (1, 2, 16, 9), device="cuda")),
+    "blocks of 32": lambda: sp.causal() & sp.block(32, mask=torch.rand(4, 32, 32, device="cuda") < 0.3),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", NARROW)
+def test_keys_that_lie_apart(name: str, head_dim: int) -> None:
+    torch.manual_seed(1)
+    pattern = NARROW[name]()
+    q, k, v = (x[..., :head_dim] for x in rows(1000))
+    assert is_specialised(pattern, q, k)
+    assert_agrees(pattern, q, k, v, tolerance=4e-2)
+    lengths = torch.tensor([1000, 333], device="cuda")
+    k[1, :, 333:] = v[1, :, 333:] = torch.nan
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_keys_that_lie_apart_the_same_bits(name: str) -> None:
+    """What copies bring is there before it is multiplied."""
+    torch.manual_seed(2)
+    pattern = NARROW[name]()
+    q, k, v = rows(1000, heads=4, batch=8)
+    attend = sp.attention(pattern)
+    plan = attend.plan(q, k)
+    first = attend(q, k, v, plan=plan)
+    for _ in range(200):
+        torch.empty_like(first).fill_(torch.nan)
+        assert torch.equal(attend(q, k, v, plan=plan), first)
 
 
 def test_what_lies_beyond_a_length_is_never_multiplied() -> None:
@@ -156,7 +191,8 @@ def test_every_option_of_scores() -> None:
     assert_agrees(pattern, q, k, v, tolerance=4e-2, softcap=5.0, sink_logits=sinks)
     assert_agrees(pattern, q, k, v, tolerance=4e-2, q_offset=torch.tensor([0, 77], device="cuda"))
     assert_agrees(pattern, q, k, v, tolerance=4e-2, q_offset=-100)
-    assert_agrees(pattern, q, k, v, tolerance=4e-2, bias=torch.rand(4, device="cuda"))
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, bias=sp.alibi(torch.rand(4, device="cuda")))
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, bias=torch.randn(2, 4, 500, device="cuda"))
     out = sp.attention(pattern, scale=-0.1)(q, k, v)
     torch.testing.assert_close(out, sp.attention(pattern, scale=0.1)(-q, k, v), atol=2e-2, rtol=2e-2)
 

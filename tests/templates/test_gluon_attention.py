@@ -189,7 +189,24 @@ def test_registers_are_those_of_a_multiprocessor(warpgroups: int) -> None:
     kernel = asking(causal(64 * warpgroups, 64).kernel, form)
     for options in (kernel["options"], (f"warpgroups={warpgroups}",)):
         chosen = asking(kernel, options=options)
-        most, others = attention.registers(chosen)
-        assert most % 8 == others % 8 == 0
-        assert others >= 24  # what setmaxnreg takes at least
-        assert 128 * (warpgroups * most + others) * attention.programs(chosen) <= attention.REGISTERS
+        shared = attention.registers(chosen)
+        assert all(count % 8 == 0 for count in shared.values())
+        assert min(shared.values()) >= 24  # what setmaxnreg takes at least
+        taken = 128 * (warpgroups * shared["multiply"] + shared["bring"])
+        assert taken * attention.programs(chosen) <= attention.REGISTERS
+
+
+@pytest.mark.parametrize("warpgroups", [1, 2])
+def test_keys_that_lie_apart_are_brought_one_by_one_if_asked(warpgroups: int) -> None:
+    form = "two warpgroups" if warpgroups == 2 else "one warpgroup"
+    kernel = asking(CASES["gathered_columns"](64 * warpgroups, 64).kernel, form)
+    assert attention.refusal(kernel) == "keys that do not follow each other"
+    kernel = asking(kernel, options=(*kernel["options"], "gathers=1"))
+    assert attention.refusal(kernel) is None
+    text = source(kernel)
+    assert text.count("async_copy.async_copy_global_to_shared(") == 1
+    assert "def gather(" in text
+    shared = attention.registers(kernel)
+    producers = shared["bring"] if warpgroups == 2 else 0  # one warp brings them beside one warpgroup
+    taken = 128 * (warpgroups * shared["multiply"] + producers + shared["schedule"])
+    assert taken * attention.programs(kernel) <= attention.REGISTERS
