@@ -20,7 +20,7 @@ from spgen.backends.triton import AttentionKernel
 from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, strides_of, table_sizes
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
-from spgen.backends.triton_launch import Call, Function, TensorMap, driver
+from spgen.backends.triton_launch import Call, TensorMap, driver
 from spgen.errors import CompileError, SpgenError
 from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
@@ -130,23 +130,13 @@ class HopperKernel(AttentionKernel):
     def _maps_or_none(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
         """None where Triton's version does not compile the kernel, which is said, and tried, once."""
         try:
-            return self._maps(variant, changing, tensors) if self._compiles else []
+            return self._tensor_maps(variant, changing, dict(enumerate(tensors))) if self._compiles else []
         except SpgenError:
             raise
         except Exception as fault:  # whatever an experimental language raises
             self._compiles = False
             _say_once(f"{type(fault).__name__}: {fault}".splitlines()[0])
             return []
-
-    def _maps(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
-        item = ELEMENT_BYTES[self.dtype]
-        maps = []
-        for source, (tensor, box) in enumerate(zip(tensors, self.binary(variant).boxes, strict=True)):
-            # the step of an axis of one element is never taken, but must be legal
-            strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
-            strides[-1] = 1
-            maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
-        return maps
 
     def usual_variants(self) -> list[Variant]:
         """What contiguous tensors need."""
@@ -158,13 +148,8 @@ class HopperKernel(AttentionKernel):
             self._binaries[variant] = binary(self.kernel, self.path, variant, self.target)
         return self._binaries[variant]
 
-    def _function(self, variant: Variant, device: int) -> Function:
-        if (variant, device) not in self._functions:
-            kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
-                     for p in self._parameters if p.type != "constexpr"]  # fmt: skip
-            with torch.cuda.device(device):
-                self._functions[variant, device] = self.binary(variant).load(device, kinds)
-        return self._functions[variant, device]
+    def _arguments(self, variant: Variant) -> list[Parameter]:
+        return [parameter for parameter in self._parameters if parameter.type != "constexpr"]
 
 
 @lru_cache(maxsize=1)

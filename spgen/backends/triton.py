@@ -7,7 +7,7 @@ in Triton's interpreter (`TRITON_INTERPRET=1`), the same source runs through Tri
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -48,7 +48,7 @@ from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
 from spgen.templates.gluon.attention import WARPGROUPS
-from spgen.templates.triton.attention import check, parameters, partial
+from spgen.templates.triton.attention import Parameter, check, parameters, partial
 from spgen.templates.triton.combine import Combination
 
 _SMALLEST_SCALE = 1e-30  # stands for 0, which would turn a masked score of -inf into NaN
@@ -220,7 +220,7 @@ class AttentionKernel:
             sizes = [*table_sizes(tables), *bias_steps(extras), *self._lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
-                maps = self._tensor_maps(replace(variant, tma=True), changing, k, v)
+                maps = self._tensor_maps(replace(variant, tma=True), changing, {1: k, 2: v})
             if maps and all(tensor_map.is_valid for tensor_map in maps):
                 variant = replace(variant, tma=True)
             else:
@@ -239,10 +239,13 @@ class AttentionKernel:
     def _may_use_tensor_maps(self) -> bool:
         return wants_tensor_maps(self.kernel, self.target) and driver().has_tensor_maps
 
-    def _tensor_maps(self, variant: Variant, changing: list[int], k: Tensor, v: Tensor) -> list[TensorMap]:
+    def _tensor_maps(
+        self, variant: Variant, changing: list[int], tensors: Mapping[int, Tensor]
+    ) -> list[TensorMap]:  # fmt: skip
+        """Maps of tensors by where their pointers are among the changing arguments, in the kernel's order."""
         item = ELEMENT_BYTES[self.dtype]
         maps = []
-        for source, tensor, box in zip((1, 2), (k, v), self.binary(variant).boxes, strict=True):
+        for (source, tensor), box in zip(tensors.items(), self.binary(variant).boxes, strict=True):
             # the step of an axis of one element is never taken, but must be legal
             strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1
@@ -263,10 +266,14 @@ class AttentionKernel:
     def _function(self, variant: Variant, device: int) -> Function:
         if (variant, device) not in self._functions:
             kinds = ["map" if p.type == "desc" else "fixed" if p.name in self._fixed else "changing"
-                     for p in arguments(self.kernel, variant)]  # fmt: skip
+                     for p in self._arguments(variant)]  # fmt: skip
             with torch.cuda.device(device):
                 self._functions[variant, device] = self.binary(variant).load(device, kinds)
         return self._functions[variant, device]
+
+    def _arguments(self, variant: Variant) -> list[Parameter]:
+        """The parameters that are arguments of the binary."""
+        return arguments(self.kernel, variant)
 
     def compile_rest(self) -> None:
         """Bring what is launched beside the kernel itself into the cache; no device is needed."""
