@@ -27,6 +27,7 @@ from spgen.ir.node import Op
 from spgen.settings import logger
 from spgen.target import Target
 from spgen.templates.gluon import attention
+from spgen.templates.gluon.boxes import gathers
 from spgen.templates.triton.attention import Parameter
 
 _OWN_OPTIONS = (attention.WARPGROUPS, attention.GATHERS, "warps", "stages", "registers")
@@ -111,7 +112,7 @@ class HopperKernel(AttentionKernel):
             maps: list[TensorMap] = []
             aligned = not key[2] and strides[-1] == 1 and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype])
             # offsets of rows that are brought one by one are of 32 bits
-            small = not attention.gathers(self.kernel) or k.shape[2] * max(strides[6], strides[10]) < 2**31
+            small = not gathers(self.kernel) or k.shape[2] * max(strides[6], strides[10]) < 2**31
             if aligned and small and k.numel() and driver().has_tensor_maps:
                 maps = self._maps_or_none(variant, changing, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
@@ -119,7 +120,7 @@ class HopperKernel(AttentionKernel):
                 return None
             tiles = self._grid(q, extras)
             lengths = lengths_of(q, k, extras)
-            rows = [*strides[4:7], *strides[8:11]] if attention.gathers(self.kernel) else []
+            rows = [*strides[4:7], *strides[8:11]] if gathers(self.kernel) else []
             packed = [*lengths[4:], *strides[-3:-1]] if self.kernel["cu_seqlens"] else []
             sizes = [*lengths[:4], *rows, *packed, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
