@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from spgen.autotune.coefficients import SHARES, SPREAD, guesses
 from spgen.autotune.experience import Experience
 from spgen.autotune.model import estimated, terms_of
+from spgen.autotune.ranking import ranked
 from spgen.autotune.records import Record
 from spgen.autotune.work import Resources, Work
 from spgen.ir.config import Config
@@ -79,7 +80,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Score:
-    """One case: rank correlation, and the best of the model's first k over the best measured, as ratios of time."""
+    """One case: rank correlation, and the best of the first k to be tried over the best measured, as ratios of time."""
 
     name: str
     count: int
@@ -95,7 +96,7 @@ class Report:
     scores: Sequence[Score]
 
     def regret(self, k: int) -> float:
-        """Geometric mean of the ratio between the best of the model's first `k` and the best."""
+        """Geometric mean of the ratio between the best of the first `k` to be tried and the best."""
         return math.exp(_mean([math.log(score.regret[k]) for score in self.scores]))
 
     @property
@@ -141,14 +142,14 @@ def fit(records: Iterable[Record], target: Target, taken: Taken | None = None) -
 
 
 def evaluate(
-    records: Iterable[Record], target: Target, values: Mapping[str, float] | Fit, taken: Taken | None = None,
-    experience: Experience | None = None,
-) -> Report:  # fmt: skip
+    records: Iterable[Record], target: Target, values: Mapping[str, float] | Fit, experience: Experience | None = None
+) -> Report:
     """How well coefficients rank the trials of each record; those of a Fit are taken without the record's own.
 
-    With `experience` the other records correct the order.
+    The order is that in which a search would try them, before any is compiled: what kernels take is estimated. With
+    `experience` the other records correct it.
     """
-    cases = _cases(records, target, taken)
+    cases = _cases(records, target, None)
     if isinstance(values, Fit):
         return _report(cases, target, lambda case: values.without.get(case.name, values.values), experience)
     return _report(cases, target, lambda _: values, experience)
@@ -295,6 +296,11 @@ def _seconds(trial: _Trial, target: Target, values: Mapping[str, float]) -> floa
     return terms_of(trial.work, trial.config, target, values, trial.resources)["total"]
 
 
+def _expected(trial: _Trial, target: Target, values: Mapping[str, float]) -> float:
+    """Before it is compiled."""
+    return _seconds(replace(trial, resources=estimated(trial.work, trial.config, target)), target, values)
+
+
 def _dot(a: Sequence[float], b: Sequence[float]) -> float:
     return math.fsum(x * y for x, y in zip(a, b, strict=True))
 
@@ -326,14 +332,16 @@ def _report(
     scores = []
     for case in cases:
         values = {**guesses(target), **values_of(case)}
-        points = [(_seconds(trial, target, values), trial.seconds) for trial in case.trials]
+        measured = {trial.config: trial.seconds for trial in case.trials}
+        expected = {trial.config: _expected(trial, target, values) for trial in case.trials}
         if experience is not None:
-            raised = [math.exp(experience.correction(case.record, trial.config)) for trial in case.trials]
-            points = [(seconds * up, measured) for (seconds, measured), up in zip(points, raised, strict=True)]
-        best = min(measured for _, measured in points)
-        order = [measured for _, measured in sorted(points)]
+            for config in expected:
+                expected[config] *= math.exp(experience.correction(case.record, config))
+        points = [(expected[config], seconds) for config, seconds in measured.items()]
+        best = min(measured.values())
+        order = [measured[config] for config in ranked(expected)]
         regret = {k: min(order[:k]) / best for k in (1, 3, 5)}
-        rank = spearman([predicted for predicted, _ in points], [measured for _, measured in points])
+        rank = spearman(list(expected.values()), list(measured.values()))
         scores.append(Score(case.name, len(points), rank, regret, points))
     return Report(scores)
 

@@ -74,8 +74,8 @@ def break_even(
 ) -> float:  # fmt: skip
     """The share of a causal call's blocks of 128 x 128 at which it takes as long as dense attention does.
 
-    Below it the sparse kernel should be the faster one; 1 if it always is, 0 if it never is. The dense kernel's rate is
-    that of the target's description.
+    Below it the sparse kernel should be the faster one; 1 if it always is, even with all blocks listed, 0 if it never
+    is. The dense kernel's rate is that of the target's description.
     """
     value_dim = head_dim if value_dim is None else value_dim
     dense = 2.0 * (head_dim + value_dim) * heads * length * (length + 1) / 2 / _dense_rate(target, dtype, head_dim)

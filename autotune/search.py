@@ -1,6 +1,6 @@
 """The search: from the configurations that the model likes to the one that is fastest when measured.
 
-    1. the default, the model's favourites of every kind of tile, then its favourites whatever their tile
+    1. the default, then the model's favourites, of several kinds of tiles (`ranking.py`)
     2. neighbours of the best, one axis changed, as often as the effort allows
     3. the best few and the default again, in turns: the winner must beat the default by more than the noise
 
@@ -49,7 +49,7 @@ class Problem(Protocol):
         """What is known so far; an empty record for a call that nobody tuned."""
 
     def configs(self) -> Sequence[Config]:
-        """The space, best predicted first."""
+        """The space, in the order of trying."""
 
     def neighbours(self, config: Config) -> Sequence[Config]:
         """Configurations that differ in one axis, best predicted first."""
@@ -86,12 +86,8 @@ def tune(
 
 
 def favourites(default: Config, configs: Sequence[Config], count: int) -> list[Config]:
-    """Of `configs`, best first: the default, the first of every kind of tile for half of the places, the first ones."""
-    kinds: dict[tuple[int, int, int], Config] = {}
-    for config in configs:
-        kinds.setdefault((config.block_m, config.block_n, config.option("warps")), config)
-    chosen = dict.fromkeys([default, *list(kinds.values())[: count // 2], *configs])
-    return list(chosen)[:count]
+    """The default, which all are compared with, and the first of `configs`, in the order of trying."""
+    return list(dict.fromkeys([default, *configs]))[:count]
 
 
 class _Search:

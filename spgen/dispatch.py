@@ -38,7 +38,7 @@ class Verdict:
     """Whether a call runs dense, as causal attention or over all pairs, and why.
 
     `density` is the share of the dense pairs that the data can select at most, `break_even` the share from which dense
-    attention is predicted to be faster; None where another reason decides.
+    attention is predicted to be faster (1: from none on); None where another reason decides.
     """
 
     dense: bool
@@ -70,8 +70,10 @@ def verdict(arguments: Arguments, request: Request, return_lse: bool) -> Verdict
     density = found * (2 * keys - found) / keys**2 if causal else found / keys
     call = request.call
     limit = _limit(request.target, call.dtype, call.head_dim, call.value_dim, request.config or default_config(request))
-    share = f"{density:.0%} of the pairs of {'causal' if causal else 'dense'} attention, break-even at {limit:.0%}"
-    return Verdict(density >= limit, share, causal, density, limit)
+    share = f"{density:.0%} of the pairs of {'causal' if causal else 'dense'} attention, "
+    if limit >= 1:
+        return Verdict(False, share + "which is predicted to be slower at any share", causal, density, limit)
+    return Verdict(density >= limit, share + f"break-even at {limit:.0%}", causal, density, limit)
 
 
 def _beyond_dense(arguments: Arguments, return_lse: bool) -> str:

@@ -40,7 +40,7 @@ class Target:
     `smem_total` that of a multiprocessor, which holds at most `max_programs` and `max_warps`; `l2_bytes` is the cache
     the work shares. `model` are the cost model's coefficients that were fitted on this target, `dense` the FLOP/s of
     its dense attention by dtype and head size (`"bfloat16 128"`), `break_even` the share of causal blocks at
-    which lists of them were measured to take as long.
+    which lists of them were measured to take as long (1: they were faster with all of them listed).
     """
 
     kind: str

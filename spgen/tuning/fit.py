@@ -45,7 +45,7 @@ def reported(target: Target, path: Path | None = None) -> tuple[Report, Report]:
 
 
 def break_evens(target: Target) -> str:
-    """From which share of the causal blocks dense attention is the faster one: predicted, and as it was measured."""
+    """How many causal blocks must be left out for sparse attention to be as fast: predicted, and as it was measured."""
     lines = []
     for name, _ in target.dense:
         dtype, head_dim = name.split()
@@ -53,11 +53,18 @@ def break_evens(target: Target) -> str:
         config = default_config(Request("causal()", call, 32, 8, False, target))
         predicted = break_even(target, dtype, int(head_dim), config)
         measured = dict(target.break_even).get(name)
-        seen = "not measured" if measured is None else f"measured at {measured:.0%}"
+        seen = "not measured" if measured is None else f"measured {_left_out(measured)}"
         lines.append(
-            f"break-even with dense attention, {dtype}, {head_dim} channels: predicted at {predicted:.0%}, {seen}"
+            f"as fast as dense attention, {dtype}, {head_dim} channels: predicted {_left_out(predicted)}, {seen}"
         )
     return "\n".join(lines)
+
+
+def _left_out(break_even: float) -> str:
+    """The share of the blocks that is left out at a break-even."""
+    if break_even <= 0:
+        return "never"
+    return "from none left out on" if break_even >= 1 else f"from {1 - break_even:.0%} left out on"
 
 
 def fitted(paths: Sequence[Path], target: Target) -> tuple[Fit, Report, Report]:

@@ -9,6 +9,7 @@ import torch
 
 from spgen.autotune.experience import Experience
 from spgen.autotune.model import Prediction
+from spgen.autotune.ranking import ranked
 from spgen.autotune.search import EFFORTS, favourites
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case
@@ -38,7 +39,7 @@ def rank(
     """
     known = Experience((record for one in records_of(target) for record in one), target)
     subject = Subject(case, target, torch.device("cpu"), experience=known)
-    chosen = favourites(subject.default, subject.by_prediction(subject.space), EFFORTS[effort].favourites)
+    chosen = favourites(subject.default, ranked(subject.expected(subject.space)), EFFORTS[effort].favourites)
     requests = {replace(subject.request, config=config): config for config in chosen}
     found = []
     for done, (request, result) in enumerate(compilers.compile(list(requests)), 1):

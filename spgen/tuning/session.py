@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spgen.autotune.experience import Experience
 from spgen.autotune.measure import Sample, Timer, on_cpu, on_gpu, samples
+from spgen.autotune.ranking import ranked
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import tune
 from spgen.autotune.work import Resources
@@ -67,12 +68,13 @@ class Tuned:
         return fresh
 
     def configs(self) -> list[Config]:
-        """The space, best predicted first."""
-        return self.subject.by_prediction(self.subject.space)
+        """The space, in the order of trying."""
+        return ranked(self.subject.expected(self.subject.space))
 
     def neighbours(self, config: Config) -> list[Config]:
         """One axis changed, best predicted first."""
-        return self.subject.by_prediction(self.subject.space.neighbours(config))
+        seconds = self.subject.expected(self.subject.space.neighbours(config))
+        return sorted(seconds, key=lambda other: seconds[other])
 
     def taken(self, config: Config) -> Resources | None:
         """What the compiled kernel takes."""

@@ -90,16 +90,15 @@ class Subject:
         """The model's time."""
         return predict(self.work(config), config, self.target, resources)
 
-    def by_prediction(self, configs: Iterable[Config]) -> list[Config]:
-        """Best first, by the model and by what trials of other calls say."""
-
-        def order(config: Config) -> float:
-            seconds = self.predicted(config).seconds
-            if self._experience is not None:
-                seconds *= math.exp(self._experience.correction(self.empty_record, config))
-            return seconds
-
-        return sorted(configs, key=order)
+    def expected(self, configs: Iterable[Config]) -> dict[Config, float]:
+        """Seconds by the model, and by what trials of other calls say."""
+        found = {config: self.predicted(config).seconds for config in configs}
+        if self._experience is None:
+            return found
+        return {
+            config: seconds * math.exp(self._experience.correction(self.empty_record, config))
+            for config, seconds in found.items()
+        }
 
     def lowered(self, config: Config) -> tuple[Lowered, list[Tensor]]:
         """The levels for a size of tiles, and the plan's tables."""

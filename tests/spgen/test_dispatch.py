@@ -148,6 +148,14 @@ def test_other_words_are_refused() -> None:
         sp.attention(sp.causal(), dense="always")
 
 
+def test_a_kernel_that_is_always_faster_runs_with_all_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_limit", lambda *args: 1.0)
+    call = arguments(sp.causal() & blocks(4))
+    found = verdict(call, request_of(call), False)
+    assert (found.dense, found.density, found.break_even) == (False, 1.0, 1.0)
+    assert str(found) == "sparse: 100% of the pairs of causal attention, which is predicted to be slower at any share"
+
+
 def test_the_prediction_is_used() -> None:
     call = arguments(sp.causal() & blocks(4))
     found = verdict(call, request_of(call), False)

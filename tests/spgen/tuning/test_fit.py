@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from spgen.autotune.records import Bucket, Device, Key, Record, Records, Trial
 from spgen.errors import RecordError, UnsupportedError
 from spgen.ir.config import Config
 from spgen.target import Target
-from spgen.tuning.fit import fitted, main, plot_of, write
+from spgen.tuning.fit import break_evens, fitted, main, plot_of, write
 
 H200 = Target.of("h200")
 
@@ -57,6 +59,18 @@ def test_the_command_writes_coefficients_that_are_then_used(tmp_path: Path, caps
     chosen, _, _ = fitted([tmp_path / "found.json"], H200)
     write(description, chosen)  # the model is replaced, not written a second time
     assert description.read_text() == first
+
+
+def test_break_evens_say_what_must_be_left_out() -> None:
+    """Of Hopper's own form nothing; of a dense kernel that nothing reaches, no share is enough."""
+    assert break_evens(replace(H200, dense=(("bfloat16 128", 594e12),))) == (
+        "as fast as dense attention, bfloat16, 128 channels: predicted from none left out on, "
+        "measured from none left out on"
+    )
+    some = break_evens(replace(H200, dense=(("bfloat16 128", 900e12),), break_even=(("bfloat16 128", 0.88),)))
+    assert re.search(r"predicted from (2|3)\d% left out on, measured from 12% left out on", some), some
+    never = break_evens(replace(H200, dense=(("float32 96", 1e18),)))
+    assert "predicted never, not measured" in never
 
 
 def test_plot(tmp_path: Path) -> None:
