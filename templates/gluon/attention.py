@@ -35,6 +35,7 @@ from spgen.templates.triton.attention import (
     Parameter,
     Printing,
     by_tile,
+    call_parameters,
     expressions_of,
     is_partial,
     names_of,
@@ -169,16 +170,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     if kernel["lse"]:
         yield "lse", "*fp32"
     yield from ((name, "desc") for name in DESCRIPTORS)
-    if kernel["q_offset"] != "default":
-        yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
-    if kernel["kv_lengths"]:
-        yield "kv_lengths", "*index"
-    if kernel["cu_seqlens"]:
-        yield from (("cu_seqlens_q", "*index"), ("cu_seqlens_k", "*index"))
-    for table in parts(kernel, "table"):
-        yield f"{table['name']}_table", "*i32"
-        yield from ((f"{table['name']}_table_{axis}", "i64") for axis in ("b", "h", "r"))
-        yield from ((f"{table['name']}_table_{size}", "i32") for size in ("rows", "cols"))
+    yield from call_parameters(kernel)
     yield "scale", "fp32"
     if kernel["softcap"]:
         yield "softcap", "fp32"

@@ -93,18 +93,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     if kernel["lse"]:
         yield "lse", "*fp32"
     yield from (("k_blocks", "desc"), ("v_blocks", "desc"))
-    if kernel["q_offset"] != "default":
-        yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
-    if kernel["kv_lengths"]:
-        yield "kv_lengths", "*index"
-    if kernel["cu_seqlens"]:
-        yield from (("cu_seqlens_q", "*index"), ("cu_seqlens_k", "*index"))
-    for table in parts(kernel, "table"):
-        yield f"{table['name']}_table", "*i32"
-        for axis in ("b", "h", "r"):
-            yield f"{table['name']}_table_{axis}", "i64"
-        for size in ("rows", "cols"):
-            yield f"{table['name']}_table_{size}", "i32"
+    yield from call_parameters(kernel)
     yield "scale", "fp32"
     yield from score_parameters(kernel)
     for size in ("q_len", "k_len", "n_key_heads", "group", *(["n_sequences"] if kernel["cu_seqlens"] else [])):
@@ -118,6 +107,22 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
             yield f"{tensor}_d", "unit"
     for choice in ("TMA", "NEGATIVE", "STAGES", "MASKED_STAGES"):
         yield choice, "constexpr"
+
+
+def call_parameters(kernel: Op) -> Iterator[tuple[str, str]]:
+    """What a call brings beside its tensors: offsets, lengths, boundaries and the tables of its plan."""
+    if kernel["q_offset"] != "default":
+        yield "q_offset", "*index" if kernel["q_offset"] == "tensor" else "i32"
+    if kernel["kv_lengths"]:
+        yield "kv_lengths", "*index"
+    if kernel["cu_seqlens"]:
+        yield from (("cu_seqlens_q", "*index"), ("cu_seqlens_k", "*index"))
+    for table in parts(kernel, "table"):
+        yield f"{table['name']}_table", "*i32"
+        for axis in ("b", "h", "r"):
+            yield f"{table['name']}_table_{axis}", "i64"
+        for size in ("rows", "cols"):
+            yield f"{table['name']}_table_{size}", "i32"
 
 
 TABLE_OPERATIONS = ("load", "bit", "word", "count_le")
