@@ -32,6 +32,7 @@ from spgen.templates.triton.attention import Parameter
 
 _OWN_OPTIONS = (attention.WARPGROUPS, attention.GATHERS, "warps", "stages", "registers")
 _ARCH = "sm_90"
+_TENSORS = ("q", "k", "v", "out")
 _FIXED = ("i32", "i64", "stride", "step")
 
 
@@ -56,6 +57,7 @@ class HopperKernel(AttentionKernel):
         super().__init__(kernel, target)
         self._parameters = attention.parameters(kernel)
         self._fixed = [p.name for p in self._parameters if p.type in _FIXED and p.name != "q_offset"]
+        self._staged = attention.is_staged(kernel)
         self._plain: AttentionKernel | None = None
         self._compiles = True
 
@@ -121,8 +123,9 @@ class HopperKernel(AttentionKernel):
             tiles = self._grid(q, extras)
             lengths = lengths_of(q, k, extras)
             rows = [*strides[4:7], *strides[8:11]] if gathers(self.kernel) else []
-            packed = [*lengths[4:], *strides[-3:-1]] if self.kernel["cu_seqlens"] else []
-            sizes = [*lengths[:4], *rows, *packed, tiles]
+            packed = lengths[4:] if self.kernel["cu_seqlens"] else [] if self._staged else strides[-4:-3]
+            steps = strides[-3:-1] if self.kernel["cu_seqlens"] or not self._staged else []
+            sizes = [*lengths[:4], *rows, *packed, *steps, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
             call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
             self._calls[key] = call
@@ -131,7 +134,10 @@ class HopperKernel(AttentionKernel):
     def _maps_or_none(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
         """None where Triton's version does not compile the kernel, which is said, and tried, once."""
         try:
-            return self._tensor_maps(variant, changing, dict(enumerate(tensors))) if self._compiles else []
+            if not self._compiles:
+                return []
+            sources = (_TENSORS.index(tensor) for _, tensor, _ in attention.descriptors(self.kernel))
+            return self._tensor_maps(variant, changing, [(source, tensors[source]) for source in sources])
         except SpgenError:
             raise
         except Exception as fault:  # whatever an experimental language raises
@@ -203,6 +209,6 @@ def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
         return "i64" if parameter.type == "stride" else "i32"
     if parameter.type == "desc":
         rows, lanes = attention.box_of(kernel, parameter.name)
-        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+        layout = f"NVMMASharedLayout(swizzle_byte_width={min(128, 2 * lanes)}, element_bitwidth=16, rank=4)"
         return f"tensordesc<{dtype}[1, 1, {rows}, {lanes}],{layout}>"
     return parameter.type

@@ -7,7 +7,7 @@ in Triton's interpreter (`TRITON_INTERPRET=1`), the same source runs through Tri
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -220,7 +220,7 @@ class AttentionKernel:
             sizes = [*table_sizes(tables), *bias_steps(extras), *self._lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
-                maps = self._tensor_maps(replace(variant, tma=True), changing, {1: k, 2: v})
+                maps = self._tensor_maps(replace(variant, tma=True), changing, [(1, k), (2, v)])
             if maps and all(tensor_map.is_valid for tensor_map in maps):
                 variant = replace(variant, tma=True)
             else:
@@ -240,12 +240,12 @@ class AttentionKernel:
         return wants_tensor_maps(self.kernel, self.target) and driver().has_tensor_maps
 
     def _tensor_maps(
-        self, variant: Variant, changing: list[int], tensors: Mapping[int, Tensor]
-    ) -> list[TensorMap]:  # fmt: skip
-        """Maps of tensors by where their pointers are among the changing arguments, in the kernel's order."""
+        self, variant: Variant, changing: list[int], tensors: Sequence[tuple[int, Tensor]]
+    ) -> list[TensorMap]:
+        """Maps of tensors, each with where its pointer is among the changing arguments, in the kernel's order."""
         item = ELEMENT_BYTES[self.dtype]
         maps = []
-        for (source, tensor), box in zip(tensors.items(), self.binary(variant).boxes, strict=True):
+        for (source, tensor), box in zip(tensors, self.binary(variant).boxes, strict=True):
             # the step of an axis of one element is never taken, but must be legal
             strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1

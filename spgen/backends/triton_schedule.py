@@ -20,6 +20,7 @@ from __future__ import annotations
 from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
+from spgen.templates.gluon.attention import lanes
 from spgen.templates.triton.attention import padded
 
 _MUCH = 160 * 1024  # bytes of shared memory a block may have on sm_80, sm_90 and sm_100; elsewhere 99 KB or less
@@ -42,20 +43,29 @@ _LOW_WARPS, _LOW_STAGES, _LOW_WIDTHS = 4, (3, 4), (128, 64)
 _BESIDE = 16 * 1024  # bytes of shared memory for what is not a tile of K or V
 
 
-# Of the form whose warps are specialised: channels, block_m, block_n, warps, warpgroups, stages, registers. Where rows
-# differ by 64, two programs of one warpgroup share a multiprocessor.
-_SPECIALISED = ((64, 128, 128, 12, 2, 4, 232), (128, 128, 128, 12, 2, 2, 232))
+# Of the form whose warps are specialised: lanes of K and V together, block_m, block_n, warps, warpgroups, stages,
+# registers. Where rows differ by 64, two programs of one warpgroup share a multiprocessor.
+_SPECIALISED = (
+    (128, 128, 128, 12, 2, 4, 232), (192, 128, 128, 12, 2, 3, 232), (256, 128, 128, 12, 2, 2, 232),
+    (320, 128, 128, 12, 2, 2, 232), (384, 128, 64, 12, 2, 2, 232), (512, 128, 64, 12, 2, 2, 224),
+)  # fmt: skip
+_MANY_VALUES = 192  # lanes, beyond which accumulators leave registers for 64 scores of a row
 _LEAST_ROWS = 32  # that share what data list: a row tile is masked where there are fewer than it has
-_SPECIALISED_SHORT = ((64, 64, 64, 8, 1, 4, 192), (128, 64, 64, 8, 1, 2, 192))
+_SPECIALISED_SHORT = (
+    (128, 64, 64, 8, 1, 4, 192), (192, 64, 64, 8, 1, 2, 192), (256, 64, 64, 8, 1, 2, 192), (384, 64, 64, 8, 1, 1, 216),
+    (512, 64, 64, 8, 1, 1, 232),
+)  # fmt: skip
 
 
 def specialised_config(
     head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None = None, height: int | None = None
 ) -> Config | None:
     """A configuration for Hopper's own form, None where there is none; arguments as those of `default_config`."""
-    lanes = max(padded(head_dim), padded(value_dim))
+    wanted = lanes(head_dim) + lanes(value_dim)
+    if lanes(value_dim) > _MANY_VALUES:
+        wanted = max(wanted, 2 * _MANY_VALUES)
     table = _SPECIALISED if rows is None or rows >= _SPECIALISED[0][1] else _SPECIALISED_SHORT
-    found = next((row for limit, *row in table if lanes <= limit), None)
+    found = next((row for limit, *row in table if wanted <= limit), None)
     if found is None or dtype == "float32" or not _is_hopper(target):
         return None
     block_m, block_n, warps, warpgroups, stages, registers = found
@@ -77,7 +87,7 @@ def default_config(
     cores: as exact as float32's own rounding, and five times as fast as its plain arithmetic, which SPGEN_FLOAT32=ieee
     chooses.
     """
-    lanes = padded(head_dim), padded(value_dim)
+    widths = padded(head_dim), padded(value_dim)
     extra = []
     if dtype != "float32":
         table = _half_table(target, rows)
@@ -86,12 +96,12 @@ def default_config(
         extra = ["tf32x3=1"]
     else:
         table = _FLOAT_PLAIN
-    block_m, block_n, warps, stages, registers = next(row for limit, *row in table if max(lanes) <= limit)
+    block_m, block_n, warps, stages, registers = next(row for limit, *row in table if max(widths) <= limit)
     low = next((one for one in _LOW_HEIGHTS if height is not None and height <= one < block_m), None)
     if low is not None:
         block_m, warps, registers = low, _LOW_WARPS, 0
         if dtype != "float32":
-            block_n, stages = _low_tile(sum(lanes), target, cols) or (block_n, stages)
+            block_n, stages = _low_tile(sum(widths), target, cols) or (block_n, stages)
     if registers:
         extra.append(f"registers={registers}")
     options = [f"warps={warps}", f"stages={stages}", "prefetch=1", *extra]

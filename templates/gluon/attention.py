@@ -56,9 +56,10 @@ ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
 LEAST_REGISTERS, BRING_REGISTERS = 24, 72  # that setmaxnreg leaves a thread; of one that brings single rows
-DESCRIPTORS = ("q_blocks", "k_blocks", "v_blocks", "out_blocks")
 VECTOR = 8  # channels, of which tensor maps take multiples
-LANES = (64, 128)  # channels that the layouts hold: whole rows of 128 bytes, and accumulators that fit the registers
+LANES = (64, 256)  # that hold channels: whole rows of 128 bytes at least, and accumulators that fit the registers
+_STAGED_LANES = 128  # up to which results leave through shared memory of their own, and Q has two buffers
+_TENSORS = ("q", "k", "v", "out")
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "b", "hk", "h", "tile", "kv_len", "q_offset")
 _PACKED = ("sequence", "q_start", "q_len", "k_start")
@@ -100,7 +101,7 @@ def refusal(kernel: Op) -> str | None:
         return f"tiles of {kernel['block_m']} x {kernel['block_n']}"
     if registers(kernel)["bring"] < LEAST_REGISTERS:
         return f"{registers(kernel)['multiply']} registers"
-    if lanes(kernel["head_dim"]) > LANES[-1] or lanes(kernel["value_dim"]) > LANES[-1]:
+    if kernel["head_dim"] > LANES[-1] or kernel["value_dim"] > LANES[-1]:
         return f"more than {LANES[-1]} channels"
     if kernel["head_dim"] % VECTOR or kernel["value_dim"] % VECTOR:
         return "rows that do not begin at multiples of 16 bytes"
@@ -149,15 +150,67 @@ def programs(kernel: Op) -> int:
     return 2 // option(kernel, WARPGROUPS, 0)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Lanes that hold the channels of a tile from `start` on, in shared memory of their own."""
+
+    start: int
+    lanes: int
+
+    @property
+    def suffix(self) -> str:
+        """What its names end in."""
+        return f"_{self.start}" if self.start else ""
+
+    @property
+    def layout(self) -> str:
+        """The name of its layout in shared memory."""
+        return "tiles" if self.swizzle == 128 else "narrow"
+
+    @property
+    def swizzle(self) -> int:
+        """Bytes of a row that are swizzled."""
+        return min(128, 2 * self.lanes)
+
+
 def lanes(channels: int) -> int:
-    """Lanes that hold this many channels: rows of 128 bytes at least."""
-    return max(padded(channels), LANES[0])
+    """Lanes that hold this many channels: a power of two, or three quarters of one."""
+    whole = max(padded(channels), LANES[0])
+    return whole * 3 // 4 if LANES[0] < whole and channels <= whole * 3 // 4 else whole
+
+
+def _split(channels: int, most: int) -> tuple[Part, ...]:
+    wanted = lanes(channels)
+    first = min(most, 1 << (wanted.bit_length() - 1))
+    return (Part(0, first),) if first == wanted else (Part(0, first), Part(first, wanted - first))
+
+
+def head_parts(kernel: Op) -> tuple[Part, ...]:
+    """What holds the channels of q and k."""
+    return _split(kernel["head_dim"], LANES[-1])
+
+
+def value_parts(kernel: Op) -> tuple[Part, ...]:
+    """What holds the channels of v and of the results; a product has no more lanes than registers on entry."""
+    return _split(kernel["value_dim"], LANES[-1] // programs(kernel))
+
+
+def is_staged(kernel: Op) -> bool:
+    """Whether results leave through shared memory of their own, and row tiles of Q have two buffers."""
+    return max(lanes(kernel["head_dim"]), lanes(kernel["value_dim"])) <= _STAGED_LANES
+
+
+def descriptors(kernel: Op) -> Iterator[tuple[str, str, Part]]:
+    """The tensor maps that a kernel takes: name, tensor, and which of its channels come with a box."""
+    for tensor in _TENSORS if is_staged(kernel) else _TENSORS[:-1]:
+        for part in (head_parts if tensor in "qk" else value_parts)(kernel):
+            yield f"{tensor}_blocks{part.suffix}", tensor, part
 
 
 def box_of(kernel: Op, name: str) -> tuple[int, int]:
     """Rows and lanes that a descriptor brings, or takes away, at once."""
-    rows = box_rows(kernel) if name in ("k_blocks", "v_blocks") else ROWS
-    return rows, lanes(kernel["head_dim" if name in ("q_blocks", "k_blocks") else "value_dim"])
+    tensor, part = next((tensor, part) for known, tensor, part in descriptors(kernel) if known == name)
+    return box_rows(kernel) if tensor in "kv" else ROWS, part.lanes
 
 
 def parameters(kernel: Op) -> tuple[Parameter, ...]:
@@ -169,7 +222,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     yield from (("q", "data"), ("k", "data"), ("v", "data"), ("out", "data"))
     if kernel["lse"]:
         yield "lse", "*fp32"
-    yield from ((name, "desc") for name in DESCRIPTORS)
+    yield from ((name, "desc") for name, _, _ in descriptors(kernel))
     yield from call_parameters(kernel)
     yield "scale", "fp32"
     if kernel["softcap"]:
@@ -182,7 +235,11 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         for tensor in ("k", "v"):
             yield from ((f"{tensor}_b", "stride"), (f"{tensor}_h", "stride"), (f"{tensor}_n", "step"))
     if kernel["cu_seqlens"]:
-        yield from (("n_sequences", "i32"), ("out_h", "i64"), ("out_n", "i64"))
+        yield "n_sequences", "i32"
+    elif not is_staged(kernel):
+        yield "out_b", "stride"
+    if kernel["cu_seqlens"] or not is_staged(kernel):
+        yield from (("out_h", "stride"), ("out_n", "stride"))
     yield "n_tickets", "i32"
     yield "NEGATIVE", "constexpr"
 
@@ -204,8 +261,10 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
         "element": kernel["dtype"],
-        "head_lanes": lanes(kernel["head_dim"]),
-        "value_lanes": lanes(kernel["value_dim"]),
+        "head_parts": head_parts(kernel),
+        "value_parts": value_parts(kernel),
+        "q_buffers": 2 if is_staged(kernel) else 1,
+        "staged": is_staged(kernel),
         "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
         "box": box_rows(kernel),

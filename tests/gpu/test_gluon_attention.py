@@ -36,7 +36,7 @@ def test_agrees_with_the_oracle(name: str, form: str, dtype: torch.dtype) -> Non
     check(specialised(ALL[name](*FORMS[form][:2]), form, dtype))
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (80, 80), (96, 128), (128, 128), (128, 64), (8, 24)])
+@pytest.mark.parametrize("dims", [(16, 16), (32, 64), (80, 80), (96, 128), (128, 128), (128, 64), (8, 24), (96, 96)])
 @pytest.mark.parametrize("form", FORMS)
 def test_head_sizes(form: str, dims: tuple[int, int]) -> None:
     block_m, block_n, _ = FORMS[form]
@@ -45,6 +45,33 @@ def test_head_sizes(form: str, dims: tuple[int, int]) -> None:
     check(case)
     assert isinstance(built(case), HopperKernel)
     assert built(case).compile_count == 1
+
+
+WIDE = {
+    "two warpgroups": ((128, 64), ("warps=12", "warpgroups=2", "stages=2", "registers=240")),
+    "one warpgroup": ((64, 64), ("warps=8", "warpgroups=1", "stages=1", "registers=232")),
+}
+WIDE_CASES = ("causal", "window_and_sink", "block_list", "lengths_and_offsets", "packed_batch", "sink_logits", "words")
+
+
+@pytest.mark.parametrize("dims", [(192, 192), (256, 256), (192, 128), (160, 200), (64, 256), (256, 72)])
+@pytest.mark.parametrize("form", WIDE)
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_wide_heads(name: str, form: str, dims: tuple[int, int]) -> None:
+    tile, options = WIDE[form]
+    case = ALL[name](*tile)
+    case.q, case.k, case.v = (wider(x, n) for x, n in ((case.q, dims[0]), (case.k, dims[0]), (case.v, dims[1])))
+    case.kernel = with_attributes(case.kernel, head_dim=dims[0], value_dim=dims[1])
+    case = on_device(case, torch.bfloat16)
+    case.kernel = with_attributes(case.kernel, options=options)
+    check(case)
+    assert isinstance(built(case), HopperKernel)
+    assert built(case).compile_count == 1
+
+
+def wider(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """The same rows with as many channels, of which some repeat; what is NaN stays it."""
+    return torch.cat([x] * -(-channels // x.shape[-1]), -1)[..., :channels].contiguous()
 
 
 @pytest.mark.parametrize(

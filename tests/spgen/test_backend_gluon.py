@@ -35,6 +35,7 @@ from tests.kernel_cases import causal
 
 H200 = Target.of("h200")
 TALL = Config(128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232"))
+WIDE = Config(128, 64, ("warps=12", "warpgroups=2", "stages=2", "registers=224"))
 SHORT = Config(64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192"))
 BLOCKS = "causal() & block({0}, mask=$0: bool[8, R, C])"
 COLUMNS = "causal() & columns($0: int32[8, K])"
@@ -68,6 +69,19 @@ COMPILED: dict[str, tuple[str, dict[str, Any], int]] = {
     "lengths": ("causal() & window(300)", {"kv_lengths": True}, 2),
     "packed": ("causal()", {"cu_seqlens": True, "lse": True}, 2),
     "packed blocks": (BLOCKS.format(64), {"cu_seqlens": True}, 1),
+    "96 channels": ("causal()", {"head_dim": 96, "value_dim": 96, "lse": True}, 2),
+    "192 channels": ("causal() & (sink(64) | window(1000))", {"head_dim": 192, "value_dim": 192, "lse": True}, 2),
+    "192 channels, packed, float16": (
+        "causal()", {"dtype": "float16", "head_dim": 192, "value_dim": 192, "cu_seqlens": True}, 2,
+    ),
+    "192 and 128 channels": (BLOCKS.format(128), {"head_dim": 192, "value_dim": 128, "kv_lengths": True}, 2),
+    "256 channels": ("causal()", {"head_dim": 256, "value_dim": 256, "lse": True}, 2),
+    "256 channels, blocks of 16 keys": (
+        "causal() & block(128, 16, mask=$0: bool[8, R, C])", {"head_dim": 256, "value_dim": 256, "kv_lengths": True}, 2,
+    ),
+    "64 and 256 channels": ("dense()", {"head_dim": 64, "value_dim": 256}, 2),
+    "192 channels, blocks of 64": (BLOCKS.format(64), {"head_dim": 192, "value_dim": 192}, 1),
+    "256 channels, blocks of 64": (BLOCKS.format(64), {"head_dim": 256, "value_dim": 256, "lse": True}, 1),
     "options of scores": (
         "causal() & window(1000)", {"q_offset": "tensor", "lse": True, "softcap": True, "sinks": True}, 2,
     ),
@@ -88,7 +102,8 @@ def test_compiles_ahead_of_time(name: str) -> None:
     assert taken.shared <= H200.smem_bytes
     config = default_config(request(text, **attrs))
     assert occupancy(config, H200, taken) == 2 // groups
-    assert taken.spilled <= 32
+    # accumulators of 256 channels leave few registers
+    assert taken.spilled <= (32 if attrs.get("value_dim") != 256 else 48 if groups == 2 else 160)
 
 
 def test_binaries_hold_for_every_tensor_map() -> None:
@@ -150,9 +165,13 @@ def test_other_targets_refuse_what_was_tuned_for_hopper(arch: str) -> None:
         (BLOCKS.format(32), {}, SHORT),
         (BLOCKS.format(16), {}, None),
         ("causal()", {"dtype": "float32"}, None),
-        ("causal()", {"head_dim": 192}, None),
+        ("causal()", {"head_dim": 192}, TALL),
+        ("causal()", {"head_dim": 192, "value_dim": 192}, replace(TALL, block_n=64)),
+        ("causal()", {"head_dim": 256, "value_dim": 256}, WIDE),
+        ("causal()", {"head_dim": 96, "value_dim": 96}, TALL.having(stages=3)),
+        (BLOCKS.format(64), {"head_dim": 256, "value_dim": 256}, SHORT.having(stages=1, registers=232)),
         ("causal()", {"head_dim": 50, "value_dim": 50}, None),
-        ("causal()", {"value_dim": 256}, None),
+        ("causal()", {"head_dim": 64, "value_dim": 256}, replace(TALL, block_n=64)),
         (COLUMNS, {}, None),
         ("causal() & stripe(8)", {}, None),
         ("permuted(window(64), q=$0: int32[8, N], k=$1: int32[8, N])", {}, None),

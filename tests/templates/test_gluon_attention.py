@@ -140,6 +140,36 @@ def test_a_list_of_narrow_blocks_has_several_boxes_to_a_tile() -> None:
     assert attention.box_of(narrow, "q_blocks") == attention.box_of(narrow, "out_blocks") == (64, 64)
 
 
+@pytest.mark.parametrize(
+    ("channels", "held"),
+    [(8, [64]), (64, [64]), (80, [64, 32]), (96, [64, 32]), (104, [128]), (128, [128]), (192, [128, 64]), (256, [256])],
+)
+def test_channels_lie_in_powers_of_two_of_lanes(channels: int, held: list[int]) -> None:
+    kernel = case("causal", head_dim=channels, value_dim=channels)
+    for parts in (attention.head_parts(kernel), attention.value_parts(kernel)):
+        assert [part.lanes for part in parts] == held
+        assert [part.start for part in parts] == [0, *held[:-1]]
+    assert attention.lanes(channels) == sum(held)
+    for name, tensor, part in attention.descriptors(kernel):
+        assert attention.box_of(kernel, name) == (128 if tensor in "kv" else 64, part.lanes)
+    text = source(kernel)
+    products = re.findall(r"scores = warpgroup_mma\(", loops(text)[0])
+    assert len(products) == len(held)
+
+
+def test_no_product_has_more_lanes_than_registers_on_entry() -> None:
+    assert [part.lanes for part in attention.value_parts(case("causal", "one warpgroup", value_dim=256))] == [128, 128]
+
+
+def test_results_of_wide_heads_go_straight_to_memory() -> None:
+    narrow, wide = case("causal"), case("causal", head_dim=192)
+    names = [parameter.name for parameter in attention.parameters(wide)]
+    assert {"out_b", "out_h", "out_n"} <= {*names}
+    assert "out_blocks" not in names
+    assert "out_s" not in source(wide)
+    assert "out_n" not in {parameter.name for parameter in attention.parameters(narrow)}
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ALL)
 def test_refusals(name: str, form: str) -> None:
@@ -150,8 +180,10 @@ def test_refusals(name: str, form: str) -> None:
     ("attrs", "reason"),
     [
         ({"dtype": "float32"}, "products of float32"),
-        ({"head_dim": 192}, "more than 128 channels"),
-        ({"value_dim": 256}, "more than 128 channels"),
+        ({"head_dim": 192}, None),
+        ({"value_dim": 256}, None),
+        ({"head_dim": 264}, "more than 256 channels"),
+        ({"value_dim": 320}, "more than 256 channels"),
         ({"head_dim": 20}, "rows that do not begin at multiples of 16 bytes"),
         ({"value_dim": 124}, "rows that do not begin at multiples of 16 bytes"),
         ({"block_m": 64}, "tiles of 64 x 128"),
