@@ -32,6 +32,7 @@ from spgen.precompile import compile_text, resources_of
 from spgen.target import Target
 from spgen.tuned import Sizes, default_of, request_for
 from tests.kernel_cases import causal
+from tests.sass import undefined_descriptors
 
 H200 = Target.of("h200")
 TALL = Config(128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232"))
@@ -104,6 +105,7 @@ def test_compiles_ahead_of_time(name: str) -> None:
     assert occupancy(config, H200, taken) == 2 // groups
     # accumulators of 256 channels leave few registers
     assert taken.spilled <= (32 if attrs.get("value_dim") != 256 else 48 if groups == 2 else 160)
+    assert not undefined_descriptors(built.asm["cubin"])
 
 
 def test_binaries_hold_for_every_tensor_map() -> None:
