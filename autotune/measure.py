@@ -62,7 +62,7 @@ def on_cpu(milliseconds: int = 50, *, fewest: int = 3) -> Timer:
 def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 3) -> Timer:
     """A timer for kernels: the median over calls that fill `milliseconds`, the L2 cache emptied before each.
 
-    A reading has at least `fewest` calls, after as many that tell how long they take.
+    A reading has at least `fewest` calls, which tell how many fill the time; those that fill it alone are the reading.
     """
     import torch
 
@@ -72,7 +72,7 @@ def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 
             flushed = torch.empty(_flush_bytes(index) // 4, dtype=torch.int32, device=f"cuda:{index}")
             estimate = statistics.median(_events(call, flushed, fewest))
             count = min(max(fewest, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
-            return statistics.median(_events(call, flushed, count))
+            return estimate if count == fewest else statistics.median(_events(call, flushed, count))
 
     return timer
 

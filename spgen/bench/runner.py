@@ -40,7 +40,7 @@ class Effort:
         """Enough for figures to quote, or to see that it works."""
         if device == "cpu":
             return Effort(3 if quick else 9, 0)
-        return Effort(2, 20) if quick else Effort(5, 100)
+        return Effort(2, 20) if quick else Effort(5, 50)
 
     def timer(self, device: str) -> Timer:
         """By events on a GPU, the L2 cache emptied before each call; by the clock on a CPU."""
