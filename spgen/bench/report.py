@@ -129,6 +129,8 @@ def facts(result: Result) -> list[str]:
     lines += [*_break_evens(result), *_left_out(result)]
     if result.settings["load"] is not None and machine["kind"] == "cpu" and result.settings["load"] > _BUSY:
         lines.append(f"the machine was busy: its load was {result.settings['load']} before the run")
+    if result.settings.get("left"):
+        lines.append(f"interrupted: {result.settings['left']} cases were not measured")
     return lines + (["quick: small sizes and few repeats, no figures to quote"] if result.settings["quick"] else [])
 
 

@@ -57,8 +57,8 @@ def run(
 ) -> Result:
     """Measure a suite (by default this machine's): its cases whose name contains `only`, beside `peers` (default: all).
 
-    `progress` is told each case before it begins. Raises SpgenError for an unknown suite, case or peer, DeviceError
-    without the suite's device.
+    `progress` is told each case before it begins. An interruption (Ctrl-C) keeps the cases that are done. Raises
+    SpgenError for an unknown suite, case or peer, DeviceError without the suite's device.
     """
     asked = suite if isinstance(suite, Suite) else find(suite)
     cases, effort = selected(asked, quick, only), Effort.of(asked.device, quick)
@@ -70,13 +70,19 @@ def run(
         for case in cases:
             progress(case.name)
             limits = limits if case.work.dtype in limits else {case.work.dtype: ceilings(case.work)}
-            rows.append(measure(case, chosen, effort, limits[case.work.dtype]))
-        whole = not quick and not only
+            try:
+                rows.append(measure(case, chosen, effort, limits[case.work.dtype]))
+            except KeyboardInterrupt:
+                if not rows:
+                    raise
+                break
+        left = len(cases) - len(rows)
+        whole = not quick and not only and not left
         calls = (asked.device, cases[0].work.dtype)
         return Result(
             asked.name, hardware(asked.device), versions(),
             {"quick": quick, "only": only, "peers": list(chosen), "rounds": effort.rounds,
-             "reading_ms": effort.milliseconds, "load": load},
+             "reading_ms": effort.milliseconds, "load": load, "left": left},
             rows, launches(*calls) if whole else None, first_calls(*calls) if whole else None,
         )  # fmt: skip
 

@@ -107,6 +107,23 @@ def test_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert read(tmp_path / "result.json") == result
 
 
+def test_an_interruption_keeps_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = row("first", 1.0)
+
+    def measured(case: Case, *arguments: Any) -> Row:
+        if "window" in case.name:
+            raise KeyboardInterrupt
+        return first
+
+    monkeypatch.setattr(runner, "measure", measured)
+    result = runner.run(tiny("cpu"), quick=True)
+    assert result.rows == [first]
+    assert result.settings["left"] == 1
+    assert "interrupted: 1 cases were not measured" in report.facts(result)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(tiny("cpu"), quick=True, only="window")
+
+
 def assert_figures(found: Row) -> None:
     """Rates and the floor follow from the times."""
     assert found.gflop is not None
