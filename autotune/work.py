@@ -24,7 +24,8 @@ class Work:
 
     `programs` are launched; tiles are those of all of them: `full` run without a mask, `masked` with one, `gathered`
     of either are read row by row. `longest` are the tiles of the program that has most. `flops` counts the needed
-    pairs, `bytes` what must move once. `dtype`, `head_dim` and `value_dim` are those of the call.
+    pairs, `bytes` what must move once. `dtype`, `head_dim` and `value_dim` are those of the call. `columns` are those
+    in the tiles of all programs: fewer than tiles could hold, where segments end within one (0: not counted).
     """
 
     dtype: str
@@ -37,6 +38,7 @@ class Work:
     longest: int
     flops: float
     bytes: float
+    columns: int = 0
 
     @property
     def tiles(self) -> int:
@@ -52,15 +54,15 @@ class Work:
     def of(facts: Mapping[str, Any], config: Config) -> Work:
         """The work that a record's facts give for a configuration. Raises RecordError if they lack its tiles."""
         try:
-            programs, full, masked, gathered, longest = facts["tiles"][f"{config.block_m}x{config.block_n}"]
+            programs, full, masked, gathered, longest, *rest = facts["tiles"][f"{config.block_m}x{config.block_n}"]
             return Work(
                 facts["dtype"], facts["head_dim"], facts["value_dim"], programs, full, masked, gathered, longest,
-                facts["flops"], facts["bytes"],
+                facts["flops"], facts["bytes"], *rest,
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as fault:
             raise RecordError(
                 "facts", given=f"none for tiles of {config.block_m}x{config.block_n} ({type(fault).__name__}: {fault})",
-                allowed="dtype, head_dim, value_dim, flops, bytes, and five counts for each size of tiles",
+                allowed="dtype, head_dim, value_dim, flops, bytes, and six counts for each size of tiles",
                 remedy="tune the call again",
             ) from fault  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -194,18 +194,26 @@ def count_tiles(levels: Lowered, builder: Builder) -> list[Counts]:
     return _counts(levels.kernel, tiles_of_programs(levels, builder))
 
 
-def _counts(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]]) -> list[Counts]:
+class Tiles(NamedTuple):
+    """Whole and masked tiles of a segment, and the columns in both, integers [sequences, heads, row tiles]."""
+
+    full: Tensor
+    masked: Tensor
+    columns: Tensor
+
+
+def _counts(kernel: Op, tiles: Sequence[Tiles]) -> list[Counts]:
     found = zip(parts(kernel, "segment"), tiles, strict=True)
-    return [Counts(op["name"], int(full.sum()), int(masked.sum()), op["contiguous"]) for op, (full, masked) in found]
+    return [Counts(op["name"], int(one.full.sum()), int(one.masked.sum()), op["contiguous"]) for op, one in found]
 
 
-def work_of(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]], flops: float, moved: float) -> Work:
+def work_of(kernel: Op, tiles: Sequence[Tiles], flops: float, moved: float) -> Work:
     """What the cost model is told of a kernel whose segments have these tiles (see `tiles_of_programs`).
 
     `flops` are those of the needed pairs, `moved` the bytes that must move.
     """
     counts = _counts(kernel, tiles)
-    each = sum((full + masked for full, masked in tiles), torch.zeros((), dtype=torch.int64))
+    each = sum((one.full + one.masked for one in tiles), torch.zeros((), dtype=torch.int64))
     return Work(
         kernel["dtype"], kernel["head_dim"], kernel["value_dim"],
         programs=each.numel(),
@@ -215,6 +223,7 @@ def work_of(kernel: Op, tiles: Sequence[tuple[Tensor, Tensor]], flops: float, mo
         longest=int(each.max()) if each.numel() else 0,
         flops=flops,
         bytes=moved,
+        columns=sum(int(one.columns.sum()) for one in tiles),
     )  # fmt: skip
 
 
@@ -228,8 +237,8 @@ def config_of(kernel: Op) -> Config:
     return Config(kernel["block_m"], kernel["block_n"], tuple(kernel["options"]))
 
 
-def tiles_of_programs(levels: Lowered, builder: Builder) -> list[tuple[Tensor, Tensor]]:
-    """Whole and masked tiles of each segment, integers [sequences, heads, row tiles]."""
+def tiles_of_programs(levels: Lowered, builder: Builder) -> list[Tiles]:
+    """The tiles of each segment."""
     kernel, program = levels.kernel, levels.program
     tiles = builder.sequences.tiles(program["row_tile"])
     heads = "kv" if levels.pack > 1 else "q"
@@ -247,18 +256,19 @@ def tiles_of_programs(levels: Lowered, builder: Builder) -> list[tuple[Tensor, T
     return [_count(segment, kernel["block_n"], value) for segment in parts(kernel, "segment")]
 
 
-def _count(segment: Op, block_n: int, value: Any) -> tuple[Tensor, Tensor]:
+def _count(segment: Op, block_n: int, value: Any) -> Tiles:
     def tiles(length: Tensor) -> Tensor:
         return torch.div(length + (block_n - 1), block_n, rounding_mode="floor")
 
     start, stop = value(segment["start"]), value(segment["stop"])
+    columns = (stop - start).clamp(min=0)
     if segment["full_start"] is None:
         masked = tiles(stop - start)
-        return torch.zeros_like(masked), masked
+        return Tiles(torch.zeros_like(masked), masked, columns)
     first, last = value(segment["full_start"]), value(segment["full_stop"])
     full = torch.div(last - first, block_n, rounding_mode="floor")
     masked = tiles(first - start) + tiles(stop - first - full * block_n)
-    return full, masked
+    return Tiles(full, masked, columns)
 
 
 def count_pairs(terms: Op, builder: Builder) -> int | None:

@@ -81,7 +81,7 @@ class Subject:
             "dtype": case.dtype, "head_dim": case.head_dim, "value_dim": case.value_dim, "flops": least,
             "bytes": self._bytes,
             "tiles": {
-                f"{m}x{n}": [work.programs, work.full, work.masked, work.gathered, work.longest]
+                f"{m}x{n}": [work.programs, work.full, work.masked, work.gathered, work.longest, work.columns]
                 for (m, n), work in works.items()
             },
         }  # fmt: skip
@@ -122,15 +122,15 @@ class Subject:
     def _counted(self, levels: Lowered, builder: Builder) -> Work:
         case, found = self.case, tiles_of_programs(levels, builder)
         runs = parts(levels.kernel, "segment")
-        full, masked = (int(sum(pair[n].sum() for pair in found)) for n in (0, 1))
+        full, masked, columns = (int(sum(one[n].sum() for one in found)) for n in range(3))
         gathered = sum(
-            int((whole + part).sum()) for op, (whole, part) in zip(runs, found, strict=True) if not op["contiguous"]
+            int((one.full + one.masked).sum()) for op, one in zip(runs, found, strict=True) if not op["contiguous"]
         )
-        each = sum((whole + part for whole, part in found), torch.zeros((), dtype=torch.int64))
+        each = sum((one.full + one.masked for one in found), torch.zeros((), dtype=torch.int64))
         pairs = (full + masked) * levels.kernel["block_m"] * levels.kernel["block_n"]
         return Work(
             case.dtype, case.head_dim, case.value_dim, each.numel(), full, masked, gathered, int(each.max()),
-            2.0 * pairs * (case.head_dim + case.value_dim), self._bytes,
+            2.0 * pairs * (case.head_dim + case.value_dim), self._bytes, columns,
         )  # fmt: skip
 
     @property

@@ -11,6 +11,7 @@ from spgen.errors import UnsupportedError
 from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
+from spgen.ir.register_tiles import usual_key_rows, usual_value_rows
 from spgen.target import Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,11 +37,6 @@ class Isa:
     scalef: bool = False
     converts: bool = False
     pairs: bool = False
-
-    def tile_rows(self, vectors: int) -> int:
-        """Rows of the register tile beside `vectors` vectors of queries."""
-        spare = 2  # the broadcast operand, and one for the scheduler
-        return max(1, min(16, (self.registers - spare - vectors) // vectors))
 
 
 _ISAS = {
@@ -88,22 +84,15 @@ def products(kernel: Op, isa: Isa, *, strided: bool) -> str:
 
 
 def key_rows(kernel: Op, isa: Isa) -> int:
-    """Keys of the register tile of K Q: a divisor of the block, so that no row is computed for nothing."""
-    most = isa.tile_rows(kernel["block_m"] // isa.lanes)
-    return option(kernel, "key_rows", _divisor(kernel["block_n"], most))
+    """Keys of the register tile of K Q."""
+    vectors = kernel["block_m"] // isa.lanes
+    return option(kernel, "key_rows", usual_key_rows(kernel["block_n"], vectors, isa.registers))
 
 
 def value_rows(kernel: Op, isa: Isa) -> int:
-    """Dimensions of the register tile of V P: for wide heads as many as fit, since each pass reads the tile of V."""
-    most = isa.tile_rows(kernel["block_m"] // isa.lanes)
-    size = kernel["value_dim"]
-    return option(kernel, "value_rows", most if size >= 96 else _divisor(size, most))
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest divisor of `size` up to `most`, unless it leaves more than a third of the registers unused."""
-    divisor = max(rows for rows in range(1, most + 1) if size % rows == 0)
-    return divisor if 3 * divisor >= 2 * most else most
+    """Channels of the register tile of V P."""
+    vectors = kernel["block_m"] // isa.lanes
+    return option(kernel, "value_rows", usual_value_rows(kernel["value_dim"], vectors, isa.registers))
 
 
 def scratch_size(kernel: Op, target: Target) -> int:

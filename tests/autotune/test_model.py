@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -12,10 +13,13 @@ from spgen.autotune.coefficients import GPU as GUESSES
 from spgen.autotune.coefficients import SHARES, coefficients_of, guesses
 from spgen.autotune.fit import Fit, evaluate, fit, spearman
 from spgen.autotune.model import Resources, Work, _blocks, break_even, estimated, fits, occupancy, predict, terms_of
+from spgen.autotune.model_cpu import tile_rows
 from spgen.autotune.records import Bucket, Key, Record, Trial
 from spgen.errors import RecordError
 from spgen.ir.config import Config
+from spgen.ir.node import Op
 from spgen.target import Target
+from spgen.templates.tvm import schedule
 
 # with the guesses, so that no fit decides what is tested here
 H200 = replace(Target.of("h200"), model=tuple(GUESSES.items()))
@@ -81,9 +85,36 @@ def test_register_tiles_of_a_cpu() -> None:
 
     assert of("64x64 key_rows=1 value_rows=1") > 1.5 * of("64x64 key_rows=6 value_rows=6")
     assert of("64x64 key_rows=5 value_rows=5") > of("64x60 key_rows=5 value_rows=5")  # 64 keys are no multiple of 5
+    even, odd = (
+        predict(replace(work, value_dim=size), Config.read("64x64 value_rows=6"), CPU).seconds for size in (60, 61)
+    )
+    assert even < odd < 1.03 * even  # the last channel has a register tile of its own, and none are for nothing
     assert fits(Config.read("64x64 key_rows=6"), work, CPU) is None
     assert "32 vector registers" in (fits(Config.read("64x64 key_rows=12"), work, CPU) or "")
     assert "no multiple of 16 lanes" in (fits(Config(24, 64), work, CPU) or "")
+
+
+def test_tiles_of_a_cpu_end_where_segments_do() -> None:
+    work = replace(WORK, dtype="float32", full=0, masked=10_000)
+    config = Config.read("64x96")
+    whole, cut = (predict(replace(work, columns=n), config, CPU).terms for n in (10_000 * 96, 10_000 * 32))
+    assert predict(work, config, CPU).terms == whole  # not counted
+    assert 2 * cut["products"] < whole["products"]
+    assert cut["latency"] == whole["latency"]
+
+
+@pytest.mark.parametrize("name", ["x86-64-v4", "x86-64-v3", "x86-64", "aarch64"])
+def test_register_tiles_are_those_of_the_kernel(name: str) -> None:
+    target = Target.of(name)
+    isa = schedule.isa_of(target)
+    assert (isa.lanes, isa.registers) == (target.simd, target.registers)
+    for vectors, block_n, value_dim in itertools.product((1, 2, 3, 4), (16, 32, 48, 64, 96), (32, 64, 80, 128)):
+        for options in ((), ("key_rows=3",), ("value_rows=5",)):
+            config = Config(vectors * target.simd, block_n, options)
+            sizes = {"block_m": config.block_m, "block_n": block_n, "value_dim": value_dim, "options": options}
+            kernel = Op("kernel", (), tuple(sizes.items()))
+            made = schedule.key_rows(kernel, isa), schedule.value_rows(kernel, isa)
+            assert tile_rows(config, target, value_dim) == made
 
 
 def test_what_does_not_fit_says_why() -> None:

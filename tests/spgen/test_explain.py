@@ -86,6 +86,7 @@ def test_work_is_counted_by_programs() -> None:
     assert work.programs == 2 * (256 // rows)
     assert work.longest == 256 // keys
     assert work.tiles == 2 * sum(-(-(n + 1) * rows // keys) for n in range(256 // rows))
+    assert work.columns == 2 * sum((n + 1) * rows for n in range(256 // rows))
     assert (work.flops, work.bytes, work.gathered) == (1.0, 2.0, 0)
 
 
