@@ -21,6 +21,7 @@ from spgen.autotune.work import Resources
 from spgen.ir.config import Config
 
 _FINALISTS = 4
+_TURNS = 9  # readings of a trial where others can take turns with it
 _LEAST_GAIN = 0.005  # of the default's time, beyond the noise of both
 
 
@@ -56,6 +57,10 @@ class Problem(Protocol):
 
     def taken(self, config: Config) -> Resources | None:
         """What a compiled kernel takes, where that is known."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is measured before all is compiled: on a CPU, which does both."""
 
     def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
         """Compile side by side; gives each as it is done, with the fault or an empty text."""
@@ -111,12 +116,34 @@ class _Search:
                 self.record = replace(self.record, trials=scaled)
 
     def trying(self, configs: Iterable[Config]) -> None:
-        """Compile and measure those that were not yet; nothing is measured while something compiles on a CPU."""
+        """Compile and measure those that were not yet: each as it is compiled, or all in turns if it waits for all.
+
+        In turns, what disturbs the machine for a while disturbs all alike.
+        """
         new = [config for config in configs if config not in self.record.trials]
+        if self._problem.waits:
+            self._in_turns(new)
+            return
         for done, (config, fault) in enumerate(self._problem.compiled(new), 1):
             found: Sample | str = fault or self._problem.measure([config], 1)[config]
             self._note({config: found})
             self._said(str(config), done, len(new))
+
+    def _in_turns(self, new: Sequence[Config]) -> None:
+        """The default takes turns, too: times are kept beside the one that it has."""
+        default, trials = self.record.default, self.record.trials
+        found: dict[Config, Sample | str] = dict(self._problem.compiled(new))
+        beside = [default] if default in trials and not trials[default].fault else []
+        good = [config for config in new if not found[config]]
+        if good:
+            found |= self._problem.measure([*beside, *good], _TURNS)
+        again = found.get(default) if beside else None
+        ratio = trials[default].seconds / again.seconds if isinstance(again, Sample) else 1.0
+        for config in new:
+            one = found[config]
+            found[config] = replace(one, seconds=one.seconds * ratio) if isinstance(one, Sample) else one
+        self._note({config: found[config] for config in new})
+        self._said("all in turns", len(new), len(new))
 
     def best(self) -> Config:
         """The fastest so far."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
+from spgen.autotune.model_cpu import tile_rows
 from spgen.autotune.work import Work, fits, padded, threads_of
 from spgen.ir.config import Config
 from spgen.target import Target
@@ -41,7 +42,8 @@ class Kernel:
 class Space:
     """Axes and what they must obey together. Iterating gives every legal configuration, the default first.
 
-    Axes vary `plain`; the default may be of another form, of which only single choices are varied.
+    Axes vary `plain`; the default may be of another form, of which only single choices are varied. Of configurations
+    that make the same kernel `canonical` gives one: that is in the space, the others are not.
     """
 
     default: Config
@@ -49,6 +51,7 @@ class Space:
     is_legal: Callable[[Config], bool]
     plain: Config
     special: tuple[Config, ...] = ()
+    canonical: Callable[[Config], Config] = lambda config: config
 
     def __iter__(self) -> Iterator[Config]:
         yield self.default
@@ -79,7 +82,7 @@ class Space:
 
     def _made(self, values: Mapping[str, int]) -> Config:
         options = {name: None if value == UNSET else value for name, value in values.items() if name not in _TILES}
-        return self.plain.having(block_m=values["block_m"], block_n=values["block_n"], **options)
+        return self.canonical(self.plain.having(block_m=values["block_m"], block_n=values["block_n"], **options))
 
 
 def space_of(
@@ -94,7 +97,8 @@ def space_of(
     axes = _cpu_axes(kernel, target) if target.kind == "cpu" else _gpu_axes(kernel, target)
     axes = {name: _with(values, plain, name) for name, values in axes.items()}
     if target.kind == "cpu":
-        return Space(default, axes, lambda config: fits(config, work(config), target) is None, plain)
+        canonical = _cpu_canonical(kernel, target, default)
+        return Space(default, axes, lambda config: fits(config, work(config), target) is None, plain, (), canonical)
     special = _special(default, target, work) if default.option(_FORM) else ()
     return Space(default, axes, _gpu_rule(kernel, target, work), plain, special)
 
@@ -161,3 +165,21 @@ def _cpu_axes(kernel: Kernel, target: Target) -> dict[str, tuple[int, ...]]:
         "key_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
         "value_rows": (UNSET, 2, 3, 4, 6, 8, 12, 14),
     }
+
+
+def _cpu_canonical(kernel: Kernel, target: Target, default: Config) -> Callable[[Config], Config]:
+    """The default where the register tiles are its own; else rows are left out that are the usual ones."""
+
+    def made(config: Config) -> tuple[Config, tuple[int, int]]:
+        return config.having(key_rows=None, value_rows=None), tile_rows(config, target, kernel.value_dim)
+
+    def canonical(config: Config) -> Config:
+        bare, (keys, channels) = made(config)
+        if (bare, (keys, channels)) == made(default):
+            return default
+        _, usual = made(bare)
+        return bare.having(
+            key_rows=None if keys == usual[0] else keys, value_rows=None if channels == usual[1] else channels
+        )
+
+    return canonical

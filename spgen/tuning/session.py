@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spgen.autotune.experience import Experience
-from spgen.autotune.measure import Sample, Timer, on_cpu, on_gpu, samples
+from spgen.autotune.measure import Sample, Summary, Timer, on_cpu, on_gpu, samples
 from spgen.autotune.ranking import ranked
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import tune
@@ -29,7 +29,7 @@ from spgen.tuned import records_of
 from spgen.tuning.compilers import Compilers, first_line
 from spgen.tuning.subject import Subject
 
-_MILLISECONDS = 20  # of one reading on a GPU
+_MILLISECONDS = 20  # of one reading
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest value, between two configurations
 
 
@@ -43,7 +43,12 @@ class Place:
     @property
     def timer(self) -> Timer:
         """Seconds of a call on the device."""
-        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else on_cpu()
+        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else on_cpu(_MILLISECONDS)
+
+    @property
+    def summary(self) -> Summary:
+        """What readings come to: their median, on a CPU that others may use the fastest."""
+        return Sample.of if self.device.type == "cuda" else Sample.fastest
 
 
 class Tuned:
@@ -80,6 +85,11 @@ class Tuned:
         """What the compiled kernel takes."""
         return self._taken.get(config)
 
+    @property
+    def waits(self) -> bool:
+        """Whether nothing is measured before all is compiled."""
+        return self._place.target.kind == "cpu"
+
     def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
         """Compile side by side. On a CPU all are compiled before the first is handed out and measured."""
         requests = {replace(self.subject.request, config=config): config for config in configs}
@@ -90,7 +100,7 @@ class Tuned:
                     self._taken[requests[request]] = found
                 yield requests[request], found if isinstance(found, str) else ""
 
-        return iter(list(noted())) if self._place.target.kind == "cpu" else noted()
+        return iter(list(noted())) if self.waits else noted()
 
     def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
         """Readings in turns; results are compared with that of the default."""
@@ -98,7 +108,8 @@ class Tuned:
         faults = {config: found for config, found in prepared.items() if isinstance(found, str)}
         calls = {str(config): found for config, found in prepared.items() if not isinstance(found, str)}
         try:
-            taken = samples(calls, rounds=rounds, timer=self._place.timer, warm_up=0)
+            place = self._place
+            taken = samples(calls, rounds=rounds, timer=place.timer, warm_up=0, summary=place.summary)
         except torch.OutOfMemoryError as fault:
             return dict.fromkeys(configs, _fault(fault))
         return {**faults, **{Config.read(text): sample for text, sample in taken.items()}}

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spgen.autotune import measure
 from spgen.autotune.measure import Sample
 from spgen.autotune.records import EFFORTS, SHIPPED, Bucket, Device, Key, Record, Records, Trial, files
 from spgen.errors import RecordError, SpgenError
@@ -225,6 +226,20 @@ def test_noise_is_half_the_distance_of_the_quartiles_or_of_few_readings() -> Non
     assert Sample.of([1.0, 2.0, 3.0]) == Sample(2.0, 0.5, 3)
     assert Sample.of([2.0]) == Sample(2.0, 0.0, 1)
     assert Sample.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Sample(3.0, 1 / 3, 5)
+
+
+def test_the_fastest_of_readings_that_others_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Sample.fastest([2.0]) == Sample(2.0, 0.0, 1)
+    assert Sample.fastest([3.0, 2.0, 2.5, 8.0, 9.0]) == Sample(2.0, 0.25, 5)
+    readings = iter([0.012, 0.003, 0.004, 0.005, 1.0])
+    monkeypatch.setattr(measure, "wall", lambda call: next(readings))
+    assert measure.on_cpu(20)(lambda: None) == 0.003
+    assert next(readings) == 1.0  # four of them fill 20 ms
+    turns = iter([3.0, 1.0, 2.0])
+    found = measure.samples(
+        {"one": lambda: next(turns)}, rounds=3, timer=lambda call: call(), warm_up=0, summary=Sample.fastest
+    )
+    assert found == {"one": Sample(1.0, 0.5, 3)}
 
 
 def test_file_names_say_whose_they_are() -> None:

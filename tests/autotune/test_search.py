@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spgen.autotune.measure import Sample
+from spgen.autotune.model_cpu import tile_rows
 from spgen.autotune.records import Bucket, Key, Record, Trial
 from spgen.autotune.search import EFFORTS, tune
 from spgen.autotune.space import UNSET, Kernel, Space, space_of
 from spgen.autotune.work import Resources, Work, fits
 from spgen.ir.config import Config
 from spgen.target import Target
+from spgen.templates.tvm.schedule import default_tiles
 
 DEFAULT = Config(64, 64, ("warps=4", "stages=2"))
 SPACE = Space(
@@ -36,6 +38,7 @@ class Fake:
     faults: Mapping[Config, str] = field(default_factory=dict)
     measured: list[Config] = field(default_factory=list)
     stop_after: int = 10**9
+    waits: bool = False
 
     def configs(self) -> list[Config]:
         return sorted(SPACE, key=lambda config: self.likes[config])
@@ -73,9 +76,9 @@ def run(problem: Fake, effort: str = "standard") -> Record:
     return found
 
 
-@given(st.integers(0, 10**6), st.sampled_from(list(EFFORTS)))
-def test_the_winner_is_the_fastest_measured_and_no_slower_than_the_default(seed: int, effort: str) -> None:
-    problem = fake(seed)
+@given(st.integers(0, 10**6), st.sampled_from(list(EFFORTS)), st.booleans())
+def test_the_winner_is_the_fastest_measured_and_no_slower_than_the_default(seed: int, effort: str, waits: bool) -> None:
+    problem = fake(seed, waits=waits)
     found = run(problem, effort)
     assert found.effort == effort
     best = min(found.trials.values(), key=lambda trial: trial.seconds).seconds
@@ -147,20 +150,44 @@ def test_one_disturbed_reading_does_not_scale_what_is_known() -> None:
         assert trial.seconds == pytest.approx(again.times[config])
 
 
+@dataclass
+class Slowing(Fake):
+    """Each time it measures, the machine is half as fast as before."""
+
+    factor: float = 1.0
+
+    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
+        assert rounds > 2  # all take turns, and none is measured by itself
+        found = super().measure(configs, rounds)
+        slow = {config: replace(one, seconds=one.seconds * self.factor) for config, one in found.items()}
+        self.factor *= 2
+        return slow
+
+
+def test_what_takes_turns_is_kept_beside_the_default() -> None:
+    even = fake(5, waits=True)
+    found = run(Slowing(even.times, even.likes, even.record, waits=True), "thorough")
+    assert len(found.trials) == len(run(even, "thorough").trials)
+    for config, trial in found.trials.items():
+        assert trial.seconds == pytest.approx(even.times[config])
+
+
 def problem_time(seed: int, found: Record) -> float:
     return fake(seed).times[found.config]
 
 
-def test_what_does_not_compile_is_kept_as_a_fault_and_not_tried_again() -> None:
-    problem = fake(2)
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_does_not_compile_is_kept_as_a_fault_and_not_tried_again(waits: bool) -> None:
+    problem = fake(2, waits=waits)
     faulty = {config: "too large" for config in problem.configs()[:5] if config != DEFAULT}
     found = run(replace(problem, faults=faulty))
     assert found.config not in faulty
     assert [found.trials[config] for config in faulty] == [Trial(fault="too large")] * len(faulty)
 
 
-def test_a_default_that_does_not_run_leaves_the_record_open() -> None:
-    found = tune(fake(3, faults={DEFAULT: "no"}), "quick", lambda record: None, lambda *args: None)
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_default_that_does_not_run_leaves_the_record_open(waits: bool) -> None:
+    found = tune(fake(3, faults={DEFAULT: "no"}, waits=waits), "quick", lambda record: None, lambda *args: None)
     assert found.effort == ""
     assert found.trials[DEFAULT].fault == "no"
 
@@ -195,6 +222,22 @@ def test_spaces_hold_the_default_once_and_nothing_that_cannot_fit(kernel: Kernel
         assert 0 < len(own) <= 2
         assert space.is_legal(other)
     assert UNSET not in {int(text.partition("=")[2]) for config in every for text in config.options}
+
+
+@pytest.mark.parametrize("name", ["cpu:avx2", "x86-64-v4", "aarch64"])
+@pytest.mark.parametrize("channels", [32, 64, 80, 128])
+def test_a_kernel_of_a_cpu_is_in_the_space_once(name: str, channels: int) -> None:
+    target, kernel = Target.of(name), Kernel("float32", channels, channels)
+    default = default_tiles(target)
+    space = space_of(kernel, target, default, work_of(kernel, 100))
+    made = [(one.block_m, one.block_n, *tile_rows(one, target, channels)) for one in space]
+    assert len(made) > 50
+    assert len(set(made)) == len(made)
+    for one in (default, *space):
+        own = (one.block_m, one.block_n, *tile_rows(one, target, channels))
+        near = [(other.block_m, other.block_n, *tile_rows(other, target, channels)) for other in space.neighbours(one)]
+        assert len({own, *near}) == 1 + len(near)
+        assert {*near} < {*made}
 
 
 FORMS = {
