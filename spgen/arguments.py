@@ -80,7 +80,10 @@ def kinds(
 ) -> tuple[Any, ...]:
     """What a kernel may depend on, and what was checked, of the arguments that most calls leave out."""
     tensors = (cu_q, cu_k, sink_logits, bias)
-    return (softcap is None or softcap <= 0, *[None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    return (
+        softcap is None or softcap <= 0,
+        *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
+    )
 
 
 def extras_of(

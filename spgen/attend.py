@@ -125,9 +125,9 @@ class Attention:
         """
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         if plan is not None:
-            wanted = self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths)
+            wanted = self._made_for(q, k, cu_seqlens_q, start, offsets, kv_lengths)
             if plan.key != wanted:
-                refuse(plan, wanted)
+                refuse(plan, PlanKey._make(wanted))
         if check:
             self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
@@ -138,13 +138,13 @@ class Attention:
         )  # fmt: skip
         return results if return_lse else results[0]
 
-    def _key(
+    def _made_for(
         self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, start: int | None, offsets: Tensor | None,
         kv_lengths: Tensor | None,
-    ) -> PlanKey:  # fmt: skip
-        """What a plan is made for."""
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """What a plan is made for: the fields of a PlanKey."""
         sequences = None if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-        return PlanKey(
+        return (
             self._text, self._shapes, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None,
             kv_lengths is None,
         )  # fmt: skip
@@ -181,7 +181,8 @@ class Attention:
         tables = torch.ops.spgen.plan(
             q, k, self._data, self._text, cu_seqlens_q, cu_seqlens_k, offsets, start, kv_lengths
         )
-        return Plan(list(tables), self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths))
+        made_for = self._made_for(q, k, cu_seqlens_q, start, offsets, kv_lengths)
+        return Plan(list(tables), PlanKey._make(made_for))
 
     def explain(
         self,

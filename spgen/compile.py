@@ -97,7 +97,10 @@ class Backend(Protocol):
         """The kernel with the schedule that it gets, which is another one where its form is refused."""
 
     def build(self, kernel: Op, target: Target) -> Any:
-        """The launchable kernel, from the cache or compiled."""
+        """The launchable kernel, from the cache or compiled; it is called with Operands (see backends/extras.py).
+
+        `kernel.bind()` is called alike, always with operands of the same shapes, strides, dtypes and device.
+        """
 
     def planner(self, program: Op, target: Target) -> Any | None:
         """What makes the tables of a level-2 program with kernels; None: spgen/tables.py makes them.

@@ -40,13 +40,16 @@ _MANY_CALLS = 4096  # different calls to remember; a cache of keys that grows ma
 
 @dataclass(frozen=True)
 class _Ready:
-    """A call's kernel, and how it is launched."""
+    """What calls of one kind share: the kernel, and how it is launched."""
 
     compiled: Compiled
-    launch: Callable[..., None] | None  # None: there is nothing to compute
+    launch: Callable[..., None] | None  # for operands of one kind; None: there is nothing to compute
+    read: tuple[int, ...] | None  # the tables of the plan that the kernel takes; None: the pattern has no plan
     plan: Callable[..., list[Tensor]] | None  # makes the tables with kernels; None: by tensor operations
     dense: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # takes the kernel's place
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
+    is_like_q: bool  # the result, in shape and strides
+    lse_shape: tuple[int, ...]
     scale: float
 
 
@@ -73,14 +76,21 @@ def attention(
     dense: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """What the operator does on CPUs and GPUs; arguments are those of its schema."""
+    if q_offset is not None:
+        q_offset = q_offset.contiguous()
+    if kv_lengths is not None:
+        kv_lengths = kv_lengths.contiguous()
     offset: Offset = q_offset if q_start is None else q_start
     plain = cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
     key = (
-        pattern, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, return_lse,
-        offset.dtype if isinstance(offset, Tensor) else offset is None, kv_lengths is None or kv_lengths.dtype,
+        pattern, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
+        k.device, v.device, return_lse, dense,
+        None if offset is None else int if isinstance(offset, int) else offset.dtype,
+        None if kv_lengths is None else kv_lengths.dtype,
         # the data of a plan are not read, but their shapes choose the tiles
-        tuple([t.shape if plan else (t.shape, t.stride(), t.dtype, t.device) for t in data]),
-        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap), dense and not plan,
+        tuple([t.shape if plan else (t.shape, t.stride(), t.dtype, t.device) for t in data]) if data else None,
+        tuple([(t.shape, t.stride()) for t in plan]) if plan else None,
+        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap),
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
@@ -93,22 +103,23 @@ def attention(
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
         _ready[key] = ready
+    if scale is None:
+        scale = ready.scale
     if ready.dense is not None:
-        return _laid_out(ready.dense(q, k, v, ready.scale if scale is None else scale), q), None
-    out = _like(q, v.shape[-1])
-    lse = q.new_empty(_lse_shape(q), dtype=torch.float32) if return_lse else None
+        return _laid_out(ready.dense(q, k, v, scale), q), None
+    out = torch.empty_like(q) if ready.is_like_q else _like(q, v.shape[-1])
+    lse = q.new_empty(ready.lse_shape, dtype=torch.float32) if return_lse else None
     if ready.starts_empty:
         _fill_empty(out, lse, sink_logits)
     if ready.launch is None:
         return out, lse
     tables: Sequence[Tensor] = ()
-    if ready.compiled.needs_tables:
+    if ready.read is not None:
         if plan or ready.plan is None:
             built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
         else:
             built = ready.plan(data, offset, kv_lengths, cu_seqlens_q, cu_seqlens_k)
-        tables = [built[at] for at in ready.compiled.read]
-    scale = ready.scale if scale is None else scale
+        tables = [built[at] for at in ready.read]
     if plain:
         ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale)
     elif cu_seqlens_q is None:
@@ -167,7 +178,7 @@ def is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(q) is type(k) is type(v) is Tensor
         and not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-        and not torch.is_autocast_enabled(q.device.type)
+        and not torch._C._is_any_autocast_enabled()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -183,7 +194,10 @@ def _prepare(arguments: Arguments, return_lse: bool, dense: bool) -> _Ready:
     idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
     plan = _planner(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
-    return _Ready(done, None if idle else done.kernel, plan, instead, starts_empty, 1 / math.sqrt(q.shape[-1]))
+    launch, read = None if idle else done.kernel.bind(), done.read if done.needs_tables else None
+    is_like_q = q.shape[-1] == arguments.v.shape[-1] and torch.empty_like(q).stride(-1) == 1
+    scale = 1 / math.sqrt(q.shape[-1])
+    return _Ready(done, launch, read, plan, instead, starts_empty, is_like_q, _lse_shape(q), scale)
 
 
 def _dense_instead(arguments: Arguments, request: Request, return_lse: bool) -> Callable[..., Tensor] | None:
@@ -266,8 +280,9 @@ def _planned(
     cu_seqlens_k: Tensor | None, q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None,
 ) -> Arguments:  # fmt: skip
     """The arguments of a plan, as those of a call."""
-    offset: Offset = q_offset if q_start is None else q_start
-    arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+    offset: Offset = q_start if q_start is not None else None if q_offset is None else q_offset.contiguous()
+    lengths = None if kv_lengths is None else kv_lengths.contiguous()
+    arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, lengths)
     check(arguments)
     return arguments
 

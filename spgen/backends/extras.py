@@ -1,10 +1,12 @@
-"""What a call may bring besides its tensors, checked and brought into one form: the last argument of every kernel."""
+"""What kernels are called with: the operands, and what most calls leave out, checked and brought into one form."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
 
@@ -24,3 +26,22 @@ class Extras(NamedTuple):
 
 
 NO_EXTRAS = Extras()
+
+
+class Operands(NamedTuple):
+    """The arguments of every kernel, in order.
+
+    q [B, Hq, Lq, D], k [B, Hk, Lk, D], v [B, Hk, Lk, Dv]; `out` [B, Hq, Lq, Dv] and `lse` float32 [B, Hq, Lq] (None if
+    the kernel has none) are written. In a packed batch B is 1 and the lengths are those of all sequences together.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor | None
+    tables: Sequence[Tensor]
+    q_offset: int | Tensor | None
+    kv_lengths: Tensor | None
+    scale: float
+    extras: Extras = NO_EXTRAS

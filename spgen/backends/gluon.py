@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spgen.backends import triton_binary
-from spgen.backends.extras import NO_EXTRAS, Extras
+from spgen.backends.extras import Operands
 from spgen.backends.triton import AttentionKernel
 from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, strides_of, table_sizes
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
+from spgen.backends.triton_counters import counters
 from spgen.backends.triton_launch import Call, TensorMap, driver
 from spgen.errors import CompileError, SpgenError
 from spgen.ir.kernel import KERNEL, option
@@ -66,22 +66,6 @@ class HopperKernel(AttentionKernel):
         """The file of the rendered source; rendered again if someone emptied the cache."""
         return source_path(self.kernel)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
-    ) -> None:  # fmt: skip
-        """Write `out` and `lse`, as AttentionKernel does."""
-        if not out.numel():
-            return None
-        call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
-        if call is None:
-            return self._instead()(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
-        device = call.function.device
-        if device != torch._C._cuda_getDevice():
-            with torch.cuda.device(device):
-                return self._launch(call, changing, q.device)
-        return self._launch(call, changing, q.device)
-
     def _instead(self) -> AttentionKernel:
         """What serves the calls that this form does not."""
         with self._lock:
@@ -89,36 +73,26 @@ class HopperKernel(AttentionKernel):
                 self._plain = AttentionKernel(portable(self.kernel), self.target)
             return self._plain
 
-    def _launch(self, call: Call, changing: list[int], device: torch.device) -> None:
-        tickets = torch.empty(1, dtype=torch.int32, device=device)
-        stream = torch._C._cuda_getCurrentRawStream(call.function.device)
-        at = tickets.data_ptr()
-        driver().clear(at, 1, stream, call.function.device)
-        call([*changing, at], stream)
+    def prepare(self, operands: Operands, aligned: bool) -> Call:
+        """As AttentionKernel does; a launch of plain Triton's where it has to serve."""
+        call = self._prepared(operands) if aligned else None
+        return call or self._instead().prepare(operands, aligned)
 
-    def _prepare(
-        self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
-        extras: Extras,
-    ) -> Call | None:  # fmt: skip
-        """What all calls of these shapes and strides share; None where plain Triton has to serve them."""
+    def _prepared(self, operands: Operands) -> Call | None:
+        q, k, v, out, _, tables, q_offset, kv_lengths, scale, extras = operands
         with self._lock:
-            if key in self._calls:
-                return self._calls[key]
-            self._forget_many()
             strides = strides_of(q, k, v, out)
             variant = Variant(
                 True, True, scale < 0, index_type(q_offset), index_type(kv_lengths), index_type(extras.cu_seqlens_q),
                 index_type(extras.cu_seqlens_k),
             )  # fmt: skip
             maps: list[TensorMap] = []
-            aligned = not key[2] and strides[-1] == 1 and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype])
+            aligned = strides[-1] == 1 and is_aligned(strides[:-1], ELEMENT_BYTES[self.dtype])
             # offsets of rows that are brought one by one are of 32 bits
             small = not gathers(self.kernel) or k.shape[2] * max(strides[6], strides[10]) < 2**31
             if aligned and small and k.numel() and driver().has_tensor_maps:
-                maps = self._maps_or_none(variant, changing, (q, k, v, out))
+                maps = self._maps_or_none(variant, (q, k, v, out))
             if not maps or not all(tensor_map.is_valid for tensor_map in maps):
-                self._calls[key] = None
                 return None
             tiles = self._grid(q, extras)
             lengths = lengths_of(q, k, extras)
@@ -127,17 +101,16 @@ class HopperKernel(AttentionKernel):
             steps = strides[-3:-1] if self.kernel["cu_seqlens"] or not self._staged else []
             sizes = [*lengths[:4], *rows, *packed, *steps, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
-            call = Call(self._function(variant, q.get_device()), grid, [*table_sizes(tables), *sizes], maps)
-            self._calls[key] = call
-            return call
+            function = self._function(variant, q.get_device())
+            return Call(function, grid, [*table_sizes(tables), *sizes], maps, counters(function.device).of)
 
-    def _maps_or_none(self, variant: Variant, changing: list[int], tensors: Sequence[Tensor]) -> list[TensorMap]:
+    def _maps_or_none(self, variant: Variant, tensors: Sequence[Tensor]) -> list[TensorMap]:
         """None where Triton's version does not compile the kernel, which is said, and tried, once."""
         try:
             if not self._compiles:
                 return []
             sources = (_TENSORS.index(tensor) for _, tensor, _ in attention.descriptors(self.kernel))
-            return self._tensor_maps(variant, changing, [(source, tensors[source]) for source in sources])
+            return self._tensor_maps(variant, [(source, tensors[source]) for source in sources])
         except SpgenError:
             raise
         except Exception as fault:  # whatever an experimental language raises

@@ -7,9 +7,9 @@ in Triton's interpreter (`TRITON_INTERPRET=1`), the same source runs through Tri
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spgen.backends import triton_plan
-from spgen.backends.extras import NO_EXTRAS, Extras
+from spgen.backends.extras import Extras, Operands
 from spgen.backends.triton_arguments import (
     bias_steps,
     index_type,
@@ -28,6 +28,7 @@ from spgen.backends.triton_arguments import (
     table_sizes,
 )  # fmt: skip
 from spgen.backends.triton_binary import Binary, load_source
+from spgen.backends.triton_bound import SMALLEST_SCALE, Launch, SplitLaunch
 from spgen.backends.triton_combine import Combiner
 from spgen.backends.triton_compile import (
     ELEMENT_BYTES,
@@ -39,7 +40,7 @@ from spgen.backends.triton_compile import (
     source_path,
     wants_tensor_maps,
 )
-from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver, float_bits
+from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver
 from spgen.backends.triton_schedule import default_config as default_config
 from spgen.backends.triton_schedule import specialised_config as specialised_config
 from spgen.errors import ShapeError, ToolchainError
@@ -48,11 +49,10 @@ from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
 from spgen.templates.gluon.attention import WARPGROUPS
-from spgen.templates.triton.attention import Parameter, check, parameters, partial
+from spgen.templates.triton.attention import Parameter, check, parameters
+from spgen.templates.triton.attention import partial as partial_kernel
 from spgen.templates.triton.combine import Combination
 
-_SMALLEST_SCALE = 1e-30  # stands for 0, which would turn a masked score of -inf into NaN
-_MANY_CALLS = 4096
 _FIXED_TYPES = ("i32", "i64", "stride", "step", "unit")
 _LAST = ("q_d", "k_d", "v_d")
 
@@ -114,14 +114,10 @@ class AttentionKernel:
         self.dtype: str = kernel["dtype"]
         self.tables = parts(kernel, "table")
         self._parameters = parameters(kernel)
-        self._has_lse: bool = kernel["lse"]
-        self._has_sinks: bool = kernel["sinks"]
         self._splits = 0  # programs that share a row tile's keys; 0: the kernel has no such argument
-        self._has_tensor_offset: bool = kernel["q_offset"] == "tensor"
         self._driver_launches = target.kind == "cuda" and not triton_interpreted()
-        # the parameters that follow from shapes and strides, in the order of _table_sizes, _lengths and _strides
+        # the parameters that follow from shapes and strides, in the order of table_sizes, _lengths and _strides
         self._fixed = [p.name for p in self._parameters if p.type in _FIXED_TYPES and p.name != "q_offset"]
-        self._calls: dict[tuple[Any, ...], Call | None] = {}  # None: this form does not serve them
         self._binaries: dict[Variant, Binary] = {}
         self._functions: dict[tuple[Variant, int], Function] = {}
         self._module: Any = None
@@ -142,77 +138,26 @@ class AttentionKernel:
         """How many binaries this process has compiled or loaded for the kernel."""
         return len(self._binaries)
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
-    ) -> None:  # fmt: skip
-        """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
-        if not self._driver_launches:
-            return self._portable(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
-        call, changing = self._call(q, k, v, out, lse, tables, q_offset, kv_lengths, scale, extras)
-        assert call is not None
-        device = call.function.device
-        if device == torch._C._cuda_getDevice():
-            call(changing, torch._C._cuda_getCurrentRawStream(device))
-        else:
-            with torch.cuda.device(device):
-                call(changing, torch._C._cuda_getCurrentRawStream(device))
-        return None
+    def __call__(self, *operands: Any) -> None:
+        """Write `out` and `lse`; shapes, dtypes and devices of the Operands are the caller's promise (spgen/ops.py).
 
-    def _call(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
-    ) -> tuple[Call | None, list[int]]:  # fmt: skip
-        """The launch of a call (None: this form does not serve it), and the arguments that it brings anew."""
-        q_at, k_at, v_at, out_at = q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr()
-        changing = [q_at, k_at, v_at, out_at]
-        key: tuple[Any, ...] = (
-            q.get_device(), scale < 0, (q_at | k_at | v_at | out_at) & 15, q.shape, q.stride(), k.shape, k.stride(),
-            v.stride(), out.stride(),
-        )  # fmt: skip
-        if self._has_lse:
-            assert lse is not None
-            changing.append(lse.data_ptr())
-        if q_offset is not None:
-            if self._has_tensor_offset:
-                assert isinstance(q_offset, Tensor)
-                changing.append(q_offset.data_ptr())
-                key += (q_offset.dtype,)
-            else:
-                changing.append(int(q_offset) & 0xFFFFFFFF)
-        if kv_lengths is not None:
-            changing.append(kv_lengths.data_ptr())
-            key += (kv_lengths.dtype,)
-        if extras.cu_seqlens_q is not None and extras.cu_seqlens_k is not None:
-            changing += (extras.cu_seqlens_q.data_ptr(), extras.cu_seqlens_k.data_ptr())
-            key += (extras.cu_seqlens_q.shape, extras.cu_seqlens_q.dtype, extras.cu_seqlens_k.dtype)
-        for table in tables:
-            changing.append(table.data_ptr())
-            key += (table.shape, table.stride())
-        changing.append(float_bits(abs(scale) or _SMALLEST_SCALE))
-        if extras.softcap is not None:
-            changing.append(float_bits(extras.softcap))
-        if self._has_sinks:
-            assert extras.sink_logits is not None
-            changing.append(extras.sink_logits.data_ptr())
-        if extras.bias is not None:
-            changing.append(extras.bias.data_ptr())
-            key += (extras.bias.shape, extras.bias.stride())
-        call = self._calls.get(key)
-        if call is None:
-            call = self._prepare(key, changing, q, k, v, out, tables, q_offset, kv_lengths, scale, extras)
-        return call, changing
+        Calls that come again are quicker through `bind`.
+        """
+        self.bind()(*operands)
 
-    def _prepare(
-        self, key: tuple[Any, ...], changing: list[int], q: Tensor, k: Tensor, v: Tensor, out: Tensor,
-        tables: Sequence[Tensor], q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float,
-        extras: Extras,
-    ) -> Call | None:  # fmt: skip
-        """What all calls of these shapes and strides share; compiles the variant they need if it is new."""
+    def bind(self) -> Callable[..., None]:
+        """What serves calls whose operands, its arguments, agree in shapes, strides, dtypes and device."""
+        return Launch(self.prepare) if self._driver_launches else self._portable
+
+    def prepare(self, operands: Operands, aligned: bool) -> Call:
+        """What all launches for operands of these shapes and strides share; compiles the variant if it is new.
+
+        `aligned`: the addresses of q, k, v and `out` are multiples of 16 bytes.
+        """
+        q, k, v, out, _, tables, q_offset, kv_lengths, scale, extras = operands
         with self._lock:
-            self._forget_many()
             strides = self._strides(q, k, v, out)
-            aligned = not key[2] and is_aligned(strides, ELEMENT_BYTES[self.dtype])
+            aligned = aligned and is_aligned(strides, ELEMENT_BYTES[self.dtype])
             variant = Variant(
                 aligned, False, scale < 0, index_type(q_offset), index_type(kv_lengths),
                 index_type(extras.cu_seqlens_q), index_type(extras.cu_seqlens_k), is_wide(strides),
@@ -220,28 +165,19 @@ class AttentionKernel:
             sizes = [*table_sizes(tables), *bias_steps(extras), *self._lengths(q, k, extras), *strides]
             maps: list[TensorMap] = []
             if aligned and self._may_use_tensor_maps and k.numel() > 0:
-                maps = self._tensor_maps(replace(variant, tma=True), changing, [(1, k), (2, v)])
+                maps = self._tensor_maps(replace(variant, tma=True), [(1, k), (2, v)])
             if maps and all(tensor_map.is_valid for tensor_map in maps):
                 variant = replace(variant, tma=True)
             else:
                 maps = []
             fixed = [size for size, name in zip(sizes, self._fixed, strict=True) if not (aligned and name in _LAST)]
-            call = Call(self._function(variant, q.get_device()), self._grid(q, extras), fixed, maps)
-            self._calls[key] = call
-            return call
-
-    def _forget_many(self) -> None:
-        """Caches of keys that grow make new calls without end."""
-        if len(self._calls) >= _MANY_CALLS:
-            self._calls.clear()
+            return Call(self._function(variant, q.get_device()), self._grid(q, extras), fixed, maps)
 
     @cached_property
     def _may_use_tensor_maps(self) -> bool:
         return wants_tensor_maps(self.kernel, self.target) and driver().has_tensor_maps
 
-    def _tensor_maps(
-        self, variant: Variant, changing: list[int], tensors: Sequence[tuple[int, Tensor]]
-    ) -> list[TensorMap]:
+    def _tensor_maps(self, variant: Variant, tensors: Sequence[tuple[int, Tensor]]) -> list[TensorMap]:
         """Maps of tensors, each with where its pointer is among the changing arguments, in the kernel's order."""
         item = ELEMENT_BYTES[self.dtype]
         maps = []
@@ -249,7 +185,7 @@ class AttentionKernel:
             # the step of an axis of one element is never taken, but must be legal
             strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1
-            maps.append(TensorMap(source, changing[source], self.dtype, item, tensor.shape, strides, box))
+            maps.append(TensorMap(source, tensor.data_ptr(), self.dtype, item, tensor.shape, strides, box))
         return maps
 
     def usual_variants(self) -> list[Variant]:
@@ -314,7 +250,7 @@ class AttentionKernel:
             **dict(zip(self._fixed, sizes, strict=True)), **constants,
             **{f"{op['name']}_table": table for op, table in zip(self.tables, tables, strict=True)},
             "q": q, "k": k, "v": v, "out": out, "lse": lse, "k_blocks": None, "v_blocks": None,
-            "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or _SMALLEST_SCALE,
+            "q_offset": q_offset, "kv_lengths": kv_lengths, "scale": abs(scale) or SMALLEST_SCALE,
             **extras._asdict(),
         }  # fmt: skip
         values = {parameter.name: named[parameter.name] for parameter in self._parameters}
@@ -335,7 +271,7 @@ class SplitKernel(AttentionKernel):
     """
 
     def __init__(self, kernel: Op, target: Target) -> None:
-        super().__init__(partial(kernel), target)
+        super().__init__(partial_kernel(kernel), target)
         self._splits = option(kernel, "splits", 1)
         self._combine = Combiner(Combination.of(kernel), target)
         self._part_size: int = self._splits * (kernel["value_dim"] + 1)
@@ -349,44 +285,10 @@ class SplitKernel(AttentionKernel):
         """Bring what adds up the parts into the cache."""
         self._combine.binary()
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
-    ) -> None:  # fmt: skip
-        """Write `out` and `lse`, as AttentionKernel does."""
-        batch, heads, rows, _ = q.shape
-        parts = torch.empty(batch * heads * rows * self._part_size, dtype=torch.float32, device=q.device)
-        if self._combine.combination.gaps:  # by this are rows known that get no parts
-            parts[-batch * heads * rows * self._splits :].fill_(torch.inf)
-        if not self._driver_launches:
-            self._portable(q, k, v, parts, None, tables, q_offset, kv_lengths, scale, extras)
-            return self._combine.portable(parts, out, lse, extras.sink_logits, self._splits)
-        call, changing = self._call(q, k, v, out, None, tables, q_offset, kv_lengths, scale, extras)
-        assert call is not None
-        if call.after is None:
-            call.after = self._combine.prepare(out, self._splits)
-        results = [parts.data_ptr(), changing[3]]
-        changing[3] = results[0]
-        if self._combine.combination.lse:
-            assert lse is not None
-            results.append(lse.data_ptr())
-        if self._combine.combination.sinks:
-            assert extras.sink_logits is not None
-            results.append(extras.sink_logits.data_ptr())
-        device = call.function.device
-        if device == torch._C._cuda_getDevice():
-            _launch_both(call, changing, results)
-        else:
-            with torch.cuda.device(device):
-                _launch_both(call, changing, results)
-        return None
-
-
-def _launch_both(call: Call, changing: list[int], results: list[int]) -> None:
-    assert call.after is not None
-    stream = torch._C._cuda_getCurrentRawStream(call.function.device)
-    call(changing, stream)
-    call.after(results, stream)
+    def bind(self) -> SplitLaunch:
+        """As AttentionKernel does."""
+        combine = partial(self._combine.bind, splits=self._splits)
+        return SplitLaunch(super().bind(), combine, self._part_size, self._splits, self._combine.combination.gaps)
 
 
 def _refuse_late_interpreter() -> None:

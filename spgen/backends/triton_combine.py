@@ -6,6 +6,8 @@ The order of the parts is fixed, so the bits are, too.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +34,7 @@ class Combiner:
     def __init__(self, combination: Combination, target: Target) -> None:
         self.combination, self.target = combination, target
         self._parameters = combine.parameters(combination)
+        self._driver_launches = target.kind == "cuda" and not triton_interpreted()
         self._functions: dict[int, Function] = {}
         self._module: ModuleType | None = None
         self._lock = threading.Lock()
@@ -62,17 +65,21 @@ class Combiner:
         divisors = {parameter.name: VECTOR for parameter in self._parameters if parameter.type == "workspace"}
         return Specialised(self.path, combine.ENTRY, types, {}, divisors, _WARPS)
 
-    def prepare(self, out: Tensor, splits: int) -> Call:
-        """The launch for all results of this shape and these strides: pointers to parts, out, lse, sinks are left."""
-        device = out.get_device()
+    def bind(self, out: Tensor, splits: int) -> Callable[..., None]:
+        """What serves all results of this shape and these strides: a function of parts, out, lse and sinks."""
+        if not self._driver_launches:
+            return partial(self._portable, splits)
+        return partial(_launch, Call(self._function(out.get_device()), _rows(out), _sizes(out, splits)))
+
+    def _function(self, device: int) -> Function:
         with self._lock:
             if device not in self._functions:
                 kinds = ["changing" if p.type in _POINTERS else "fixed" for p in self._parameters]
                 with torch.cuda.device(device):
                     self._functions[device] = self.binary().load(device, kinds)
-            return Call(self._functions[device], _rows(out), _sizes(out, splits), [])
+            return self._functions[device]
 
-    def portable(self, parts: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None, splits: int) -> None:
+    def _portable(self, splits: int, parts: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
         """The same kernel through Triton's own front end."""
         if not _rows(out):
             return
@@ -89,6 +96,15 @@ class Combiner:
         else:
             with torch.cuda.device(out.device):
                 self._module.combine[_rows(out),](**values, num_warps=_WARPS)
+
+
+def _launch(call: Call, parts: Tensor, out: Tensor, lse: Tensor | None, sinks: Tensor | None) -> None:
+    results = [parts.data_ptr(), out.data_ptr()]
+    if lse is not None:
+        results.append(lse.data_ptr())
+    if sinks is not None:
+        results.append(sinks.data_ptr())
+    call(results)
 
 
 def _rows(out: Tensor) -> int:

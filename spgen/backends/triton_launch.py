@@ -10,12 +10,17 @@ import ctypes
 import struct
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import islice
+from typing import NamedTuple
+
+import torch
 
 from spgen.errors import ToolchainError
 
 _INVALID_CONTEXT = 201
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 * 1024  # what a block may use without asking
 _MAP_BYTES = 128
@@ -23,11 +28,22 @@ _MAP_VALUES = 8  # shape and strides of four axes
 _MAP_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 _PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _REPLACE = "cuTensorMapReplaceAddress"
+_LAUNCH = "cuLaunchKernelEx"
 MAX_GRID = 2**31 - 1
 
 _Sizes, _Steps, _Extent = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
 _EVERY = _Extent(1, 1, 1, 1)
 _Memory = ctypes.c_char * (2 * _MAP_BYTES)
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{extent}_{axis}", ctypes.c_uint) for extent in ("grid", "threads") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("n_attributes", ctypes.c_uint),
+    )  # fmt: skip
 
 
 class Box:
@@ -46,10 +62,13 @@ class Driver:
             library = ctypes.CDLL(name)
         except OSError as fault:
             raise ToolchainError("CUDA driver", given=str(fault), remedy=f"install a driver that has {name}") from fault
+        if not hasattr(library, _LAUNCH):
+            raise ToolchainError(
+                "CUDA driver", given=f"one without {_LAUNCH}", remedy="install one of CUDA 11.8 or later"
+            )
         self.library = library
         pointer, word = ctypes.c_void_p, ctypes.c_uint
-        self._launch = library.cuLaunchKernel
-        self._launch.argtypes = [pointer, *[word] * 7, pointer, pointer, pointer]
+        self.launch = getattr(library, _LAUNCH)  # takes objects of ctypes alone: to convert others takes longer
         self._clear = library.cuMemsetD32Async
         self._clear.argtypes = [pointer, word, ctypes.c_size_t, pointer]
         # tensor maps are used only where the driver has both of their functions
@@ -71,21 +90,29 @@ class Driver:
             self._check(allowed, f"reserving {shared} bytes of shared memory")
         return int(function.value or 0)
 
-    def launch(self, function: Function, grid: int, stream: int) -> None:
-        """Run a kernel whose arguments are written."""
-        arguments = (function.handle, grid, 1, 1, function.threads, 1, 1, function.shared, stream, function.addresses)
-        self._enqueue(lambda: int(self._launch(*arguments, None)), function.device, "launching a kernel")
-
     def clear(self, target: int, words: int, stream: int, device: int) -> None:
         """Set words of the device's memory to 0, in the stream's order."""
-        self._enqueue(lambda: int(self._clear(target, 0, words, stream)), device, "clearing memory")
+        status = self._clear(target, 0, words, stream)
+        if status:
+            self.again(status, lambda: int(self._clear(target, 0, words, stream)), device, "clearing memory")
 
-    def _enqueue(self, doing: Callable[[], int], device: int, name: str) -> None:
-        status = doing()
-        if status == _INVALID_CONTEXT:  # a thread that has not used the device yet
+    def again(self, status: int, doing: Callable[[], int], device: int, name: str) -> None:
+        """What failed, once more if the thread had not used the device yet."""
+        if status == _INVALID_CONTEXT:
             self._use_device(device)
             status = doing()
         self._check(status, name)
+
+    def allocate(self, size: int, device: int) -> int:
+        """Bytes of the device's memory for the rest of the process, also while another thread captures a graph."""
+        self._use_device(device)
+        pointer, mode = ctypes.c_void_p(), ctypes.c_int(_RELAXED)
+        exchange = self.library.cuThreadExchangeStreamCaptureMode
+        self._check(exchange(ctypes.byref(mode)), "allowing memory beside a capture")
+        status = self.library.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(size))
+        self._check(exchange(ctypes.byref(mode)), "restoring the mode of captures")
+        self._check(status, f"taking {size} bytes of memory")
+        return int(pointer.value or 0)
 
     def encode(self, target: int, pointer: int, dtype: str, shape: Sequence[int], strides: Sequence[int],
                box: Box) -> bool:  # fmt: skip
@@ -125,84 +152,99 @@ def driver() -> Driver:
 class TensorMap:
     """What a tensor descriptor argument consists of: 128 aligned bytes, then the tensor's shape and strides.
 
-    `source` is the index, among the changing arguments, of the pointer that the map follows.
+    `source` is the index, among the changing arguments, of the pointer that the map follows; `pointer` where it points.
     """
 
     def __init__(self, source: int, pointer: int, dtype: str, item: int, shape: Sequence[int], strides: Sequence[int],
                  box: Box) -> None:  # fmt: skip
         self._memory = _Memory()
         self.address = -(-ctypes.addressof(self._memory) // _MAP_BYTES) * _MAP_BYTES
-        self._source, self._pointer = source, pointer
+        self.source, self.pointer = source, pointer
         self.values = (*shape, *strides)
         steps = [stride * item for stride in strides]
         self.is_valid = driver().encode(self.address, pointer, dtype, shape, steps, box)
 
-    def follow(self, changing: list[int]) -> None:
-        """Point at this call's tensor."""
-        pointer = changing[self._source]
-        if pointer != self._pointer:
-            driver().point(self.address, pointer)
-            self._pointer = pointer
+    def point(self, pointer: int) -> None:
+        """Point at another tensor of the same shape and strides."""
+        driver().point(self.address, pointer)
+        self.pointer = pointer
+
+
+class Function(NamedTuple):
+    """A kernel on one device.
+
+    `kinds` says of each argument, in order, where it comes from: "changing", "fixed" or "map" (a `TensorMap`); then
+    come pointers to `scratch` memory, which no kernel of ours uses.
+    """
+
+    handle: int
+    device: int
+    threads: int
+    shared: int
+    kinds: Sequence[str]
+    scratch: int
 
 
 class Call:
     """What all calls of the same shapes and strides share: the grid, the arguments that follow from them, the maps.
 
-    `after`, if there is one, is launched next, over the results.
+    With `counter`, a function of the stream, its word is the last argument that changes. Any thread may call.
     """
 
-    after: Call | None = None
-
-    def __init__(self, function: Function, grid: int, fixed: Sequence[int], maps: Sequence[TensorMap]) -> None:
-        self.function, self.grid, self.maps = function, grid, maps
-        self.fixed = [*fixed, *(value for tensor_map in maps for value in tensor_map.values)]
-
-    def __call__(self, changing: list[int], stream: int) -> None:
-        """Launch with these values for the arguments that every call brings anew."""
-        if self.grid:
-            self.function.launch(self, changing, stream)
-
-
-class Function:
-    """A kernel on one device, with the memory from which the driver reads its arguments.
-
-    `kinds` says of each argument, in order, where it comes from: "changing", "fixed" or "map" (a `TensorMap`).
-    """
-
-    def __init__(self, handle: int, device: int, threads: int, shared: int, kinds: Sequence[str], scratch: int) -> None:
-        self.handle, self.device, self.threads, self.shared = handle, device, threads, shared
+    def __init__(self, function: Function, grid: int, fixed: Sequence[int], maps: Sequence[TensorMap] = (),
+                 counter: Callable[[int], int] | None = None) -> None:  # fmt: skip
         self._lock = threading.Lock()
-        self._last: Call | None = None
-        self._n_changing = kinds.count("changing")
-        n_fixed, n_maps = kinds.count("fixed"), kinds.count("map")
-        self._end = self._n_changing + n_fixed + _MAP_VALUES * n_maps
-        self._slots = (ctypes.c_uint64 * (self._end + scratch))()  # what follows the end stays 0: no scratch memory
-        slots = {"changing": 0, "fixed": self._n_changing, "map": self._n_changing + n_fixed}
-        order: list[int | None] = []
-        self._maps_at: list[int] = []
-        for kind in kinds:
-            if kind == "map":
-                self._maps_at.append(len(order))
-                order.append(None)
-            for _ in range(_MAP_VALUES if kind == "map" else 1):
-                order.append(slots[kind])
-                slots[kind] += 1
-        order += range(self._end, self._end + scratch)
-        base = ctypes.addressof(self._slots)
-        self.addresses = (ctypes.c_void_p * len(order))(*(None if slot is None else base + 8 * slot for slot in order))
+        self._grid, self._maps, self._counter = grid, maps, counter
+        self._device = function.device
+        self._n_changing = function.kinds.count("changing")
+        constant = [*fixed, *(value for tensor_map in maps for value in tensor_map.values), *[0] * function.scratch]
+        self._slots = (ctypes.c_uint64 * (self._n_changing + len(constant)))()
+        self._slots[self._n_changing :] = constant  # type: ignore[assignment]
+        places = list(_addresses(function.kinds, self._slots, maps, function.scratch))
+        addresses = (ctypes.c_void_p * len(places))(*places)
+        self._config = _Config(grid, 1, 1, function.threads, 1, 1, function.shared, None, None, 0)
+        self._arguments = ctypes.byref(self._config), ctypes.c_void_p(function.handle), addresses, None
+        self._launch = driver().launch
 
-    def launch(self, call: Call, changing: list[int], stream: int) -> None:
-        """Write the arguments and launch; the driver copies them before it returns."""
-        with self._lock:
-            if call is not self._last:
-                self._slots[self._n_changing : self._end] = call.fixed  # type: ignore[assignment]
-                for at, tensor_map in zip(self._maps_at, call.maps, strict=True):
-                    self.addresses[at] = tensor_map.address
-                self._last = call
-            for tensor_map in call.maps:
-                tensor_map.follow(changing)
+    def __call__(self, changing: list[int]) -> None:
+        """Launch on the device's current stream, with these values for the arguments that every call brings anew."""
+        device = self._device
+        if device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                self(changing)
+            return
+        if not self._grid:
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if self._counter is not None:
+            changing.append(self._counter(stream))
+        with self._lock:  # until the driver has copied the arguments
+            for tensor_map in self._maps:
+                pointer = changing[tensor_map.source]
+                if pointer != tensor_map.pointer:
+                    tensor_map.point(pointer)
             self._slots[: self._n_changing] = changing  # type: ignore[assignment]
-            driver().launch(self, call.grid, stream)
+            self._config.stream = stream
+            status = self._launch(*self._arguments)
+            if status:
+                driver().again(status, lambda: int(self._launch(*self._arguments)), device, "launching a kernel")
+
+
+def _addresses(
+    kinds: Sequence[str], slots: ctypes.Array[ctypes.c_uint64], maps: Sequence[TensorMap], scratch: int
+) -> Iterator[int]:
+    """Where each argument lies: slots hold those that change, then fixed ones, what maps bring along, scratch."""
+    places = iter(range(ctypes.addressof(slots), ctypes.addressof(slots) + ctypes.sizeof(slots), 8))
+    changing, fixed = (list(islice(places, kinds.count(kind))) for kind in ("changing", "fixed"))
+    queues = {"changing": iter(changing), "fixed": iter(fixed)}
+    left = iter(maps)
+    for kind in kinds:
+        if kind == "map":
+            yield next(left).address
+            yield from islice(places, _MAP_VALUES)
+        else:
+            yield next(queues[kind])
+    yield from islice(places, scratch)
 
 
 @lru_cache(maxsize=256)

@@ -145,14 +145,14 @@ class _Launch:
         self._call: Call | None = None  # None: through Triton's own front end
         if owner.driver_launches:
             values = [fixed[name] for name, kind in types.items() if name in fixed and kind != "constexpr"]
-            self._call = Call(owner.function(entry, planning, types, fixed, device), grid, values, [])
+            self._call = Call(owner.function(entry, planning, types, fixed, device), grid, values)
 
-    def __call__(self, values: Sequence[Any], addresses: Sequence[int], stream: int) -> None:
+    def __call__(self, values: Sequence[Any], addresses: Sequence[int]) -> None:
         """Launch with a call's values; `addresses` are the same as numbers."""
         if self._call is None:
             self._portable(values)
         else:
-            self._call([addresses[at] for at in self._order], stream)
+            self._call([addresses[at] for at in self._order])
 
     def _portable(self, values: Sequence[Any]) -> None:
         found = (_viewed(values[at]) for at in self._order)
@@ -174,7 +174,6 @@ class Ready:
         self._heads = builder.q_heads, builder.kv_heads
         self._sequences = replace(builder.sequences, q_offset=None, kv_lengths=None, cu_q=None, cu_k=None)
         self._device = builder.sequences.device
-        self._index = self._device.index
         self._constants = {op["name"]: builder.make(op) for op in owner.tables if op.kind == "constants"}
         empty = {name for name, shape in shapes.items() if 0 in shape}
         by_kernels = {name for work in planning.works for name in (work.name, work.partner) if name}
@@ -231,18 +230,12 @@ class Ready:
 
     def _run(self, launches: Sequence[_Launch | None], values: Sequence[Any]) -> None:
         addresses: list[int] = []
-        stream = 0
         if self._device.type == "cuda":
             addresses = [value.data_ptr() if isinstance(value, Tensor) else (value or 0) & 0xFFFFFFFF
                          for value in values]  # fmt: skip
-            if self._index != torch._C._cuda_getDevice():
-                with torch.cuda.device(self._device):
-                    return self._run(launches, values)
-            stream = torch._C._cuda_getCurrentRawStream(self._index)
         for launch in launches:
             if launch is not None:
-                launch(values, addresses, stream)
-        return None
+                launch(values, addresses)
 
     def _mixed(
         self, data: Sequence[Tensor], call: Sequence[Any], tables: list[Tensor], scratch: Sequence[Tensor]

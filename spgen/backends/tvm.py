@@ -92,11 +92,15 @@ class AttentionKernel:
             return render_source(self.kernel, self.target, strided=False)
         return self.path.read_text(encoding="utf-8")
 
+    def bind(self) -> AttentionKernel:
+        """What serves calls whose operands agree in shapes, strides and dtypes: the kernel serves any."""
+        return self
+
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
         q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
     ) -> None:  # fmt: skip
-        """Write `out` and `lse`. Shapes, dtypes and devices are the caller's promise; see spgen/ops.py."""
+        """Write `out` and `lse`; shapes, dtypes and devices of the Operands are the caller's promise (spgen/ops.py)."""
         if not out.numel():
             return
         function = self._function

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import pairwise
 
 import pytest
 import torch
 
 import spgen as sp
+from spgen import ops
+from spgen.backends import triton_counters
 from spgen.backends.gluon import HopperKernel
 from spgen.target import Target
 from tests.agreement import assert_agrees
@@ -190,7 +193,7 @@ def test_the_same_bits_every_time(size: int) -> None:
 
 
 def test_a_graph_replays_beside_others() -> None:
-    """The counter that hands out row tiles belongs to a call."""
+    """The counter that hands out row tiles belongs to one launch at a time."""
     q, k, v = rows(2000, heads=8)
     attend = sp.attention(sp.causal())
     wanted = attend(q, k, v)
@@ -209,6 +212,77 @@ def test_a_graph_replays_beside_others() -> None:
             eager = attend(q, k, v)
         torch.cuda.synchronize()
         assert all(torch.equal(result, wanted) for result in (*results, eager))
+
+
+def test_streams_and_threads_draw_from_counters_of_their_own() -> None:
+    q, k, v = rows(1500, heads=8)
+    attend = sp.attention(sp.causal())
+    wanted = attend(q, k, v)
+    torch.cuda.synchronize()
+    results: dict[int, torch.Tensor] = {}
+
+    def work(number: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [attend(q, k, v) for _ in range(50)]
+            results[number] = torch.stack([(x != wanted).any() for x in found]).any()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    assert len(results) == 6
+    assert not any(results.values())
+
+
+def test_a_call_beside_a_capture() -> None:
+    """The first counter of a device may be wanted while another thread captures."""
+    q, k, v = rows(1500, heads=8)
+    attend, stream = sp.attention(sp.causal()), torch.cuda.Stream()
+    wanted = attend(q, k, v)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        attend(q, k, v)
+    torch.cuda.synchronize()
+    beside: list[torch.Tensor] = []
+
+    def work() -> None:
+        with torch.cuda.stream(stream):
+            beside.append(attend(q, k, v))
+
+    triton_counters.counters.cache_clear()
+    ops._ready.clear()  # launches are prepared anew, with new counters
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(q, k, v)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, wanted)
+    assert torch.equal(beside[0], wanted)
+
+
+def test_compiled_into_graphs() -> None:
+    """Memory that outlives a call must not come from the pools of graphs."""
+    q, k, v = rows(1400)
+    attend = sp.attention(sp.causal())
+    wanted = 2 * attend(q, k, v)
+    triton_counters.counters.cache_clear()
+    ops._ready.clear()
+    compiled = torch.compile(lambda q, k, v: 2 * attend(q, k, v), fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(5):
+            torch.testing.assert_close(compiled(q, k, v).clone(), wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_one_length_for_all_sequences() -> None:
+    q, k, v = rows(500)
+    lengths = torch.tensor([300], device="cuda").expand(2)
+    assert_agrees(sp.causal() & sp.window(100), q, k, v, tolerance=4e-2, kv_lengths=lengths, q_offset=lengths - 200)
+    assert_agrees(sp.causal() & sp.window(100), q, k, v, tolerance=4e-2, kv_lengths=lengths, q_offset=lengths)
 
 
 def test_every_option_of_scores() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from spgen.arguments import Arguments
 from spgen.autotune.work import occupancy
 from spgen.backends import gluon, triton
 from spgen.backends import triton_launch as launch
+from spgen.backends.extras import Operands
 from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_compile import Variant
 from spgen.backends.triton_resources import resources
@@ -295,9 +295,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def prepared(kernel: gluon.HopperKernel, rows: int) -> launch.Call | None:
+    """The launch of Hopper's own form, None where plain Triton serves."""
     q, k = torch.zeros(1, 4, rows, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
-    lse = torch.zeros(1, 4, rows)
-    return kernel._call(q, k, k, q.clone(), lse, (), None, None, 0.1, triton.NO_EXTRAS)[0]
+    return kernel._prepared(Operands(q, k, k, q.clone(), torch.zeros(1, 4, rows), (), None, None, 0.1))
 
 
 def hopper() -> gluon.HopperKernel:
@@ -306,23 +306,21 @@ def hopper() -> gluon.HopperKernel:
     return gluon.HopperKernel(KERNEL.make("attention", *kernel.operands, **attrs), H200)
 
 
-def test_calls_that_no_tensor_map_expresses_are_remembered(driver: SimpleNamespace) -> None:
-    kernel = hopper()
-    assert prepared(kernel, 200) is prepared(kernel, 200) is None
-    assert list(kernel._calls.values()) == [None]
+def test_calls_that_no_tensor_map_expresses_are_remembered(
+    driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, launched = hopper(), []
+    monkeypatch.setattr(kernel._instead(), "prepare", lambda operands, aligned: launched.append)
+    q, k = torch.zeros(1, 4, 200, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 300, 64, dtype=torch.bfloat16)
+    operands, bound = (q, k, k, q.clone(), torch.zeros(1, 4, 200), (), None, None, 0.1), kernel.bind()
+    bound(*operands)
     driver.encode = None  # would fail
-    assert prepared(kernel, 200) is None
+    bound(*operands)
+    assert launched[0] == launched[1]
+    assert len(launched[0]) == 6  # four tensors, lse and scale: no counter
     plain = kernel._instead()
     assert plain.kernel == gluon.portable(kernel.kernel)
     assert kernel._instead() is plain
-
-
-def test_refused_calls_are_forgotten_some_day(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "_MANY_CALLS", 8)
-    kernel = hopper()
-    for rows in range(1, 30):
-        assert prepared(kernel, rows) is None
-    assert len(kernel._calls) <= 8
 
 
 def test_an_old_driver_compiles_nothing(driver: SimpleNamespace) -> None:
@@ -356,24 +354,6 @@ def test_faults_that_users_must_see_are_not_hidden(driver: SimpleNamespace, monk
     monkeypatch.setattr(gluon, "binary", forbidden)
     with pytest.raises(CompileError, match="not in the cache"):
         prepared(hopper(), 100)
-
-
-@pytest.mark.parametrize("name", ["clear", "launch"])
-def test_a_thread_without_a_context_gets_one(name: str) -> None:
-    driver, used = object.__new__(launch.Driver), []
-
-    def enqueue(*_: object) -> int:
-        return 0 if used else 201
-
-    driver._clear = driver._launch = enqueue
-    driver._use_device = used.append  # type: ignore[method-assign]
-    function = SimpleNamespace(handle=0, threads=384, shared=0, device=3, addresses=None)
-    calls: dict[str, Callable[[], None]] = {
-        "clear": lambda: driver.clear(0, 1, 0, 3),
-        "launch": lambda: driver.launch(function, 1, 0),  # type: ignore[arg-type]
-    }
-    calls[name]()
-    assert used == [3]
 
 
 def test_sources_are_files_of_their_own() -> None:
