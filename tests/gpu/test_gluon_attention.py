@@ -236,35 +236,29 @@ def test_streams_and_threads_draw_from_counters_of_their_own() -> None:
     assert not any(results.values())
 
 
-def test_a_call_beside_a_capture() -> None:
+def test_a_counter_beside_a_capture() -> None:
     """The first counter of a device may be wanted while another thread captures."""
-    q, k, v = rows(1500, heads=8)
-    attend, stream = sp.attention(sp.causal()), torch.cuda.Stream()
-    wanted = attend(q, k, v)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        attend(q, k, v)
-    torch.cuda.synchronize()
-    beside: list[torch.Tensor] = []
+    counters, stream = triton_counters.Counters(0), torch.cuda.Stream()
+    found: list[int] = []
 
     def work() -> None:
         with torch.cuda.stream(stream):
-            beside.append(attend(q, k, v))
+            found.append(counters.of(stream.cuda_stream))
 
-    triton_counters.counters.cache_clear()
-    ops._ready.clear()  # launches are prepared anew, with new counters
+    x = torch.zeros(1, device="cuda")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = attend(q, k, v)
+        x += 1
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     graph.replay()
     torch.cuda.synchronize()
-    assert torch.equal(captured, wanted)
-    assert torch.equal(beside[0], wanted)
+    assert x.item() == 1
+    assert len(found) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # which torch makes to keep its pool
 def test_compiled_into_graphs() -> None:
     """Memory that outlives a call must not come from the pools of graphs."""
     q, k, v = rows(1400)
