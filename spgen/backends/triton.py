@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spgen.backends import triton_plan
-from spgen.backends.extras import Extras, Operands
+from spgen.backends.extras import NO_EXTRAS, Extras, Operands
 from spgen.backends.triton_arguments import (
     bias_steps,
     index_type,
@@ -237,7 +237,7 @@ class AttentionKernel:
 
     def _portable(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, tables: Sequence[Tensor],
-        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras,
+        q_offset: int | Tensor | None, kv_lengths: Tensor | None, scale: float, extras: Extras = NO_EXTRAS,
     ) -> None:  # fmt: skip
         """The same kernel through Triton's own front end."""
         grid, warps, stages = self._grid(q, extras), option(self.kernel, "warps", 4), option(self.kernel, "stages", 2)
