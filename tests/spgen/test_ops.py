@@ -264,3 +264,13 @@ def test_other_types_are_refused(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in tensors())
     with pytest.raises(DtypeError, match="float32, bfloat16, float16"):
         sp.attention(STREAMING)(q, k, v)
+
+
+def test_calls_are_forgotten_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spgen.ops, "_MANY_CALLS", 4)
+    monkeypatch.setattr(spgen.ops, "_ready", {})
+    attend = sp.attention(sp.causal())
+    for length in range(20, 31):
+        k = torch.randn(1, 2, length, 16)
+        attend(k, k, k)
+        assert 1 <= len(spgen.ops._ready) <= 4
