@@ -127,14 +127,18 @@ def choice(request: Request, sizes: Sizes) -> Choice:
         return record.default.option("tf32x3") == default.option("tf32x3") and record.config.block_m >= group
 
     def of_form(record: Record) -> bool:
-        """A record that was made when the default had another form does not know today's."""
-        return record.default.option("warpgroups") == default.option("warpgroups")
+        return is_of_form(record, default)
 
     found = _nearest(known, wanted, bucket, compiler, lambda record: of_call(record) and of_form(record))
     if found.record is not None:
         return found
     others = _nearest(known, wanted, bucket, compiler, lambda record: of_call(record) and not of_form(record))
     return replace(found, other_form=others.record is not None)
+
+
+def is_of_form(record: Record, default: Config) -> bool:
+    """Whether a record knows today's default: one that was made when the default had another form does not."""
+    return record.default.option("warpgroups") == default.option("warpgroups")
 
 
 def _nearest(

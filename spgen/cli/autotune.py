@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,7 @@ from spgen.errors import DeviceError, RecordError, ShapeError, UnsupportedError,
 if TYPE_CHECKING:
     from spgen.autotune.records import Record, Records
     from spgen.autotune.workloads import Case
+    from spgen.ir.config import Config
     from spgen.target import Target
     from spgen.tuning.session import Place
 
@@ -172,13 +174,24 @@ def _finished(known: Records, case: Case, target: Target, effort: Effort) -> Rec
     from dataclasses import asdict
 
     from spgen.autotune.records import EFFORTS
-    from spgen.tuned import toolchain
+    from spgen.tuned import is_of_form, toolchain
 
     for record in known:
         enough = record.effort and EFFORTS.index(record.effort) >= EFFORTS.index(effort.value)
         if enough and record.case == asdict(case) and record.toolchain == toolchain(target):
-            return record
+            # only GPUs have defaults of several forms, and asking for them takes a second
+            return record if target.kind == "cpu" or is_of_form(record, _default(case, target)) else None
     return None
+
+
+def _default(case: Case, target: Target) -> Config:
+    """What a case is compared with today."""
+    from spgen.passes.schedule import Call
+    from spgen.tuned import Sizes, default_of, request_for
+
+    call, sizes = Call(case.dtype, case.head_dim, case.value_dim), Sizes(case.batch, case.q_len, case.kv_len, ())
+    request = request_for(case.pattern, call, case.q_heads, case.kv_heads, target, sizes)
+    return default_of(replace(request, config=None), sizes)
 
 
 def _run(cases: Sequence[Case], target: Target, known: Records, path: Path, effort: str, devices: str) -> list[Record]:

@@ -68,9 +68,12 @@ class Tuned:
     def record(self) -> Record:
         """What is known so far."""
         fresh, known = self.subject.empty_record, self._known
-        if known is not None and (known.toolchain, known.default) == (fresh.toolchain, fresh.default):
+        if known is None or known.toolchain != fresh.toolchain:
+            return fresh
+        if known.default == fresh.default:
             return replace(known, facts=fresh.facts)
-        return fresh
+        # who wins is read in turns with today's default; readings beside another tell who might
+        return replace(fresh, trials=known.trials)
 
     def configs(self) -> list[Config]:
         """The space, in the order of trying."""

@@ -18,6 +18,7 @@ from spgen import tuned as tuned_module
 from spgen.autotune.records import SHIPPED, Bucket, Key, Record, Records, Trial
 from spgen.autotune.work import Resources
 from spgen.autotune.workloads import Case, load, named
+from spgen.cli import autotune as command
 from spgen.ir.config import Config
 from spgen.settings import override
 from spgen.target import Target
@@ -227,6 +228,18 @@ def test_ranks_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch, capsy
     assert "registers" in printed
     assert printed.count(" ms ") == 3
     assert "times lie within a factor of" in printed
+
+
+def test_a_default_of_another_form_measures_again() -> None:
+    h200 = Target.of("h200")
+    case = load("llama3-8b-prefill")[0]
+    today = command._default(case, h200)
+    assert today.option("warpgroups")
+    for default, known in ((Config(128, 64, ("warps=8",)), False), (today, True)):
+        made = record(case, default=default, toolchain=toolchain(h200))
+        records = Records(device_of(h200))
+        records.add(made)
+        assert command._finished(records, case, h200, command.Effort.standard) == (made if known else None)
 
 
 def test_a_finished_tuning_imports_no_torch(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from spgen.autotune import search
-from spgen.autotune.records import Record, Records
+from spgen.autotune.records import Record, Records, Trial
 from spgen.autotune.search import Effort
 from spgen.autotune.workloads import Case
 from spgen.errors import SpgenError, WorkloadError
@@ -103,6 +103,16 @@ def test_a_fault_on_one_of_several_devices_ends_the_session(tmp_path: Path, monk
     with pytest.raises(RuntimeError, match="the driver is gone"):
         one.run()
     assert not found
+
+
+def test_trials_outlive_their_default(compilers: Compilers) -> None:
+    """Not what was concluded from them, and not another compiler's."""
+    fresh = Tuned(CASE, HERE, compilers).record
+    trials = {Config(64, 96): Trial(1e-3, 0.01)}
+    known = replace(fresh, default=Config(64, 96), config=Config(64, 96), effort="thorough", gain=2.0, trials=trials)
+    found = Tuned(CASE, HERE, compilers, known).record
+    assert found == replace(fresh, trials=trials)
+    assert Tuned(CASE, HERE, compilers, replace(known, toolchain="another")).record == fresh
 
 
 def test_counts_are_those_of_the_kernel(compilers: Compilers) -> None:
