@@ -45,7 +45,7 @@ class _Ready:
     compiled: Compiled
     launch: Callable[..., None] | None  # for operands of one kind; None: there is nothing to compute
     read: tuple[int, ...] | None  # the tables of the plan that the kernel takes; None: the pattern has no plan
-    plan: Callable[..., list[Tensor]] | None  # makes the tables with kernels; None: by tensor operations
+    make: Callable[..., list[Tensor]] | None  # makes the tables, if the kernel takes any
     dense: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # takes the kernel's place
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
     is_like_q: bool  # the result, in shape and strides
@@ -54,6 +54,7 @@ class _Ready:
 
 
 _ready: dict[tuple[Any, ...], _Ready] = {}
+_makers: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
 
 
 def attention(
@@ -115,10 +116,10 @@ def attention(
         return out, lse
     tables: Sequence[Tensor] = ()
     if ready.read is not None:
-        if plan or ready.plan is None:
-            built = plan or _tables(ready.compiled, q, k, data, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-        else:
-            built = ready.plan(data, offset, kv_lengths, cu_seqlens_q, cu_seqlens_k)
+        built = plan
+        if not built:
+            assert ready.make is not None
+            built = ready.make(data, q, k, offset, kv_lengths, cu_seqlens_q, cu_seqlens_k)
         tables = [built[at] for at in ready.read]
     if plain:
         ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale)
@@ -193,11 +194,11 @@ def _prepare(arguments: Arguments, return_lse: bool, dense: bool) -> _Ready:
     done = compiled(request)
     idle = 0 in (*q.shape, k.shape[-2] if q.dim() == 4 else k.shape[0])
     starts_empty = idle or done.lowered.kernel["row"] is not None
-    plan = _planner(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
+    make = _maker(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
     launch, read = None if idle else done.kernel.bind(), done.read if done.needs_tables else None
     is_like_q = q.shape[-1] == arguments.v.shape[-1] and torch.empty_like(q).stride(-1) == 1
     scale = 1 / math.sqrt(q.shape[-1])
-    return _Ready(done, launch, read, plan, instead, starts_empty, is_like_q, _lse_shape(q), scale)
+    return _Ready(done, launch, read, make, instead, starts_empty, is_like_q, _lse_shape(q), scale)
 
 
 def _dense_instead(arguments: Arguments, request: Request, return_lse: bool) -> Callable[..., Tensor] | None:
@@ -208,14 +209,26 @@ def _dense_instead(arguments: Arguments, request: Request, return_lse: bool) -> 
     return dense_call(found, arguments.pattern) if found.dense else None
 
 
-def _builder(arguments: Arguments, request: Request) -> Builder:
-    a = arguments
-    sequences = sequences_of(a.q, a.k, a.cu_seqlens_q, a.cu_seqlens_k, a.q_offset, a.kv_lengths)
-    return Builder(a.data, sequences, request.q_heads, request.kv_heads)
+def _maker(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]]:
+    """What makes the tables of such calls: a function of data, q, k, the offset, lengths and boundaries."""
+    planned = _planned(arguments, request, program)
+
+    def by_kernels(data: Sequence[Tensor], q: Tensor, k: Tensor, *call: Any) -> list[Tensor]:
+        assert planned is not None
+        return planned(data, *call)
+
+    def by_operations(
+        data: Sequence[Tensor], q: Tensor, k: Tensor, offset: Offset, kv_lengths: Tensor | None,
+        cu_q: Tensor | None, cu_k: Tensor | None,
+    ) -> list[Tensor]:  # fmt: skip
+        sequences = sequences_of(q, k, cu_q, cu_k, offset, kv_lengths)
+        return Builder(data, sequences, request.q_heads, request.kv_heads).build(program)
+
+    return by_operations if planned is None else by_kernels
 
 
-def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]] | None:
-    """What makes the tables of such calls with kernels: a function of data, q_offset, kv_lengths and boundaries."""
+def _planned(arguments: Arguments, request: Request, program: Op) -> Callable[..., list[Tensor]] | None:
+    """The kernels that make the tables, None where tensor operations do."""
     planner = planner_of(program, request.target)
     if planner is None:
         return None
@@ -227,6 +240,12 @@ def _planner(arguments: Arguments, request: Request, program: Op) -> Callable[..
         # `spgen compile` does not know how long the lists will be; tensor operations make the same tables
         logger().info("no planning kernel of %s is in the cache: its tables are made by torch", request.pattern)
         return None
+
+
+def _builder(arguments: Arguments, request: Request) -> Builder:
+    a = arguments
+    sequences = sequences_of(a.q, a.k, a.cu_seqlens_q, a.cu_seqlens_k, a.q_offset, a.kv_lengths)
+    return Builder(a.data, sequences, request.q_heads, request.kv_heads)
 
 
 def _check_tiles(done: Compiled, sizes: Sizes) -> None:
@@ -265,37 +284,41 @@ def sizes_of(arguments: Arguments) -> Sizes:
     return Sizes(arguments.batch, arguments.typical_rows, arguments.typical_keys, shapes)
 
 
-def _tables(
-    done: Compiled, q: Tensor, k: Tensor, data: Sequence[Tensor], cu_q: Tensor | None, cu_k: Tensor | None,
-    offset: Offset, kv_lengths: Tensor | None,
-) -> list[Tensor]:  # fmt: skip
-    builder = Builder(
-        data, sequences_of(q, k, cu_q, cu_k, offset, kv_lengths), done.request.q_heads, done.request.kv_heads
-    )
-    return builder.build(done.lowered.program)
-
-
-def _planned(
-    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None, q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None,
-) -> Arguments:  # fmt: skip
-    """The arguments of a plan, as those of a call."""
-    offset: Offset = q_start if q_start is not None else None if q_offset is None else q_offset.contiguous()
-    lengths = None if kv_lengths is None else kv_lengths.contiguous()
-    arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, lengths)
-    check(arguments)
-    return arguments
-
-
-def _plan(*call: Any) -> list[Tensor]:
-    arguments = _planned(*call)
-    request = request_of(arguments)
-    program = lowered(request).program
-    planned = _planner(arguments, request, program)
-    if planned is None:
-        return _builder(arguments, request).build(program)
-    a = arguments
-    return planned(a.data, a.q_offset, a.kv_lengths, a.cu_seqlens_q, a.cu_seqlens_k)
+def plan(
+    q: Tensor,
+    k: Tensor,
+    data: Sequence[Tensor],
+    pattern: str,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    q_offset: Tensor | None,
+    q_start: int | None,
+    kv_lengths: Tensor | None,
+) -> list[Tensor]:
+    """The tables of a plan; arguments are those of the operator's schema."""
+    if q_offset is not None:
+        q_offset = q_offset.contiguous()
+    if kv_lengths is not None:
+        kv_lengths = kv_lengths.contiguous()
+    offset: Offset = q_offset if q_start is None else q_start
+    key = (
+        pattern, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device,
+        None if offset is None else int if isinstance(offset, int) else offset.dtype,
+        None if kv_lengths is None else kv_lengths.dtype,
+        tuple([(t.shape, t.stride(), t.dtype, t.device) for t in data]),
+        None if cu_seqlens_q is None and cu_seqlens_k is None
+        else kinds(cu_seqlens_q, cu_seqlens_k, None, None, None),
+    )  # fmt: skip
+    make = _makers.get(key)
+    if make is None:
+        arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+        check(arguments)
+        request = request_of(arguments)
+        make = _maker(arguments, request, lowered(request).program)
+        if len(_makers) >= _MANY_CALLS:
+            _makers.clear()
+        _makers[key] = make
+    return make(data, q, k, offset, kv_lengths, cu_seqlens_q, cu_seqlens_k)
 
 
 def _fake_attention(
@@ -307,7 +330,10 @@ def _fake_attention(
 
 def _fake_plan(*call: Any) -> list[Tensor]:
     # Ordinary tensor operations, which know their shapes, make the same tables as kernels.
-    arguments = _planned(*call)
+    q, k, data, pattern, cu_seqlens_q, cu_seqlens_k, q_offset, q_start, kv_lengths = call
+    offset: Offset = q_offset if q_start is None else q_start
+    arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
+    check(arguments)
     request = request_of(arguments)
     return _builder(arguments, request).build(lowered(request).program)
 
@@ -331,7 +357,7 @@ _library.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 _library.define(_PLAN_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 for _key in ("CPU", "CUDA"):
     _library.impl("attention", _operator, _key)
-    _library.impl("plan", _plan, _key)
+    _library.impl("plan", plan, _key)
     _library.impl("attention", _autocast_attention, f"Autocast{_key}")
 torch.library.register_fake("spgen::attention", _fake_attention, lib=_library)
 torch.library.register_fake("spgen::plan", _fake_plan, lib=_library)

@@ -269,8 +269,10 @@ def test_other_types_are_refused(dtype: torch.dtype) -> None:
 def test_calls_are_forgotten_some_day(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spgen.ops, "_MANY_CALLS", 4)
     monkeypatch.setattr(spgen.ops, "_ready", {})
-    attend = sp.attention(sp.causal())
+    monkeypatch.setattr(spgen.ops, "_makers", {})
+    attend = sp.attention(sp.causal() & sp.columns(torch.tensor([[3, 7]])))
     for length in range(20, 31):
         k = torch.randn(1, 2, length, 16)
-        attend(k, k, k)
+        attend(k, k, k, plan=attend.plan(k, k))
         assert 1 <= len(spgen.ops._ready) <= 4
+        assert 1 <= len(spgen.ops._makers) <= 4
