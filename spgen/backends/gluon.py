@@ -16,7 +16,7 @@ from torch import Tensor
 from spgen.backends import triton_binary
 from spgen.backends.extras import Operands
 from spgen.backends.triton import AttentionKernel
-from spgen.backends.triton_arguments import index_type, is_aligned, lengths_of, strides_of, table_sizes
+from spgen.backends.triton_arguments import bias_steps, index_type, is_aligned, lengths_of, strides_of, table_sizes
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, rendered
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
 from spgen.backends.triton_counters import counters
@@ -102,7 +102,7 @@ class HopperKernel(AttentionKernel):
             sizes = [*lengths[:4], *rows, *packed, *steps, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
             function = self._function(variant, q.get_device())
-            return Call(function, grid, [*table_sizes(tables), *sizes], maps, counters(function.device).of)
+            return Call(function, grid, [*table_sizes(tables), *bias_steps(extras), *sizes], maps, counters(function.device).of)
 
     def _maps_or_none(self, variant: Variant, tensors: Sequence[Tensor]) -> list[TensorMap]:
         """None where Triton's version does not compile the kernel, which is said, and tried, once."""

@@ -45,6 +45,7 @@ from spgen.templates.triton.attention import (
     ranges_of,
     reads_per_pair,
     row_vectors,
+    score_parameters,
 )
 from spgen.templates.triton.expressions import DEAL, Printed
 from spgen.templates.triton.masks import Places
@@ -55,10 +56,11 @@ GATHERS = "gathers"  # the option by which keys that lie apart are brought one b
 ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
+_SHARED, _OF_A_PROGRAM = 228 * 1024, 1024  # bytes of its shared memory, and what the driver takes of them
+_NUMBERS = 768  # bytes at most of what lies there beside tiles and vectors
 LEAST_REGISTERS, BRING_REGISTERS = 24, 72  # that setmaxnreg leaves a thread; of one that brings single rows
 VECTOR = 8  # channels, of which tensor maps take multiples
 LANES = (64, 256)  # that hold channels: whole rows of 128 bytes at least, and accumulators that fit the registers
-_STAGED_LANES = 128  # up to which results leave through shared memory of their own, and Q has two buffers
 _TENSORS = ("q", "k", "v", "out")
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "buffer", "b", "hk", "h", "tile", "kv_len", "q_offset")
@@ -109,8 +111,6 @@ def refusal(kernel: Op) -> str | None:
         return "calls of few rows"
     if kernel["row"] is not None:
         return "permuted rows"
-    if kernel["bias"] != "none":
-        return "a bias"
     segments = parts(kernel, "segment")
     apart = gathers(kernel) and not option(kernel, GATHERS, 0)
     if not segments or apart or any(op["key"] is not None for op in segments):
@@ -196,8 +196,11 @@ def value_parts(kernel: Op) -> tuple[Part, ...]:
 
 
 def is_staged(kernel: Op) -> bool:
-    """Whether results leave through shared memory of their own, and row tiles of Q have two buffers."""
-    return max(lanes(kernel["head_dim"]), lanes(kernel["value_dim"])) <= _STAGED_LANES
+    """Whether there is room for results in shared memory, and for two row tiles of Q."""
+    head, value, stages = lanes(kernel["head_dim"]), lanes(kernel["value_dim"]), option(kernel, "stages", 2)
+    halves = kernel["block_m"] * (2 * head + value) + stages * kernel["block_n"] * (head + value)
+    words = stages * kernel["block_n"] * (gathers(kernel) + (kernel["bias"] == "key"))
+    return 2 * halves + 4 * words + _NUMBERS <= _SHARED // programs(kernel) - _OF_A_PROGRAM
 
 
 def descriptors(kernel: Op) -> Iterator[tuple[str, str, Part]]:
@@ -225,10 +228,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     yield from ((name, "desc") for name, _, _ in descriptors(kernel))
     yield from call_parameters(kernel)
     yield "scale", "fp32"
-    if kernel["softcap"]:
-        yield "softcap", "fp32"
-    if kernel["sinks"]:
-        yield "sink_logits", "*fp32"
+    yield from score_parameters(kernel)
     yield "tickets", "*i32"
     yield from ((size, "i32") for size in ("q_len", "k_len", "n_key_heads", "group"))
     if gathers(kernel):
@@ -253,8 +253,9 @@ def symbols(kernel: Op) -> dict[str, Any]:
     columns = [op["column"] for op in parts(kernel, "segment")]
     producer = _scalars(kernel, columns, printing)
     packed = _PACKED if kernel["cu_seqlens"] else ()
+    slope = ("slope",) if kernel["bias"] == "alibi" else ()
     values = dict.fromkeys(
-        (*_ALWAYS, *packed, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer)
+        (*_ALWAYS, *packed, *slope, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer)
     )
     bounds = [name for one in segments for name in one.bounds]
     return {
@@ -279,6 +280,7 @@ def symbols(kernel: Op) -> dict[str, Any]:
         "value_dim": kernel["value_dim"],
         "softcap": kernel["softcap"],
         "sinks": kernel["sinks"],
+        "bias": kernel["bias"],
         "lse": kernel["lse"],
         "call": _call(kernel),
         "values": tuple(values),

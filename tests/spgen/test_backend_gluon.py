@@ -83,6 +83,16 @@ COMPILED: dict[str, tuple[str, dict[str, Any], int]] = {
     "64 and 256 channels": ("dense()", {"head_dim": 64, "value_dim": 256}, 2),
     "192 channels, blocks of 64": (BLOCKS.format(64), {"head_dim": 192, "value_dim": 192}, 1),
     "256 channels, blocks of 64": (BLOCKS.format(64), {"head_dim": 256, "value_dim": 256, "lse": True}, 1),
+    "a bias of keys": ("causal()", {"bias": "key", "lse": True}, 2),
+    "a bias of keys, packed": (
+        "causal() & window(300)", {"bias": "key", "cu_seqlens": True, "softcap": True, "sinks": True}, 2,
+    ),
+    "a bias of keys, blocks of 64": (BLOCKS.format(64), {"bias": "key", "kv_lengths": True}, 1),
+    "slopes": ("causal()", {"bias": "alibi", "lse": True}, 2),
+    "slopes, blocks of 16 keys": (
+        "causal() & block(128, 16, mask=$0: bool[8, R, C])", {"bias": "alibi", "cu_seqlens": True}, 2,
+    ),
+    "slopes, blocks of 64": (BLOCKS.format(64), {"bias": "alibi"}, 1),
     "options of scores": (
         "causal() & window(1000)", {"q_offset": "tensor", "lse": True, "softcap": True, "sinks": True}, 2,
     ),
@@ -132,15 +142,16 @@ def test_stages_that_do_not_fit_are_an_error() -> None:
 
 
 def test_what_is_refused_gets_plain_triton_over_the_same_tiles() -> None:
-    kernel = kernel_of("causal()", bias="key")
-    assert option(kernel, "warpgroups", 0) == 2  # a plan knows of no bias
+    wanted = replace(request("causal() & stripe(8)"), config=TALL)
+    kernel = lower(wanted, TALL).kernel
+    assert option(kernel, "warpgroups", 0) == 2
     built = triton.build(kernel, H200)
     assert type(built) is triton.AttentionKernel
     assert built.kernel == gluon.portable(kernel) == triton.served(kernel, H200)
     assert (built.kernel["block_m"], built.kernel["block_n"]) == (128, 128)
     assert not option(built.kernel, "warpgroups", 0)
     assert "import gluon" not in built.source
-    taken = resources_of(request("causal()", bias="key"))
+    taken = resources_of(wanted)
     assert taken.shared <= H200.smem_bytes
     assert taken.spilled <= 32
     assert triton.served(kernel_of("causal()"), H200) == kernel_of("causal()")
@@ -272,17 +283,14 @@ def test_explanations_say_why_a_kernel_is_plain() -> None:
 
 def test_explanations_speak_of_the_kernel_that_serves() -> None:
     q, k = torch.empty(1).expand(1, 8, 4096, 128).bfloat16(), torch.empty(1).expand(1, 2, 4096, 128).bfloat16()
-    without = Arguments(q, k, k, (), "causal()")
-    texts, times = [], []
-    for arguments in (without, replace(without, bias=torch.zeros(1, 1, 4096))):
-        report = _explained(request_of(arguments, target=H200), pattern("causal()"), arguments)
-        assert report.prediction is not None
-        times.append(report.prediction.seconds)
-        texts.append(str(report))
+    texts = []
+    for text, options in (("causal()", {"bias": torch.zeros(1, 1, 4096)}), ("causal() & stripe(8)", {})):
+        arguments = replace(Arguments(q, k, k, (), text), **options)
+        wanted = replace(request_of(arguments, target=H200), config=TALL)
+        texts.append(str(_explained(wanted, pattern(text), arguments)))
     assert "gluon attention" in texts[0]
     assert "triton attention: row tiles of 128 x 128 keys; warps=8, stages=2" in texts[1]
-    assert "plain, because of a bias" in texts[1]
-    assert times[1] > times[0]
+    assert "plain, because of keys that do not follow each other" in texts[1]
 
 
 @pytest.fixture

@@ -27,11 +27,7 @@ REFUSED = {
     "scalar_offset": "rows that do not begin at multiples of 16 bytes",
     "spilled_list": "keys that do not follow each other",
     "biased_keys": "calls of few rows",
-    "shared_bias": "a bias",
-    "alibi": "a bias",
     "packed_group": "calls of few rows",
-    "packed_lists": "a bias",
-    "packed_alibi": "a bias",
 }
 SERVED = [name for name in ALL if name not in REFUSED]
 
@@ -159,6 +155,28 @@ def test_channels_lie_in_powers_of_two_of_lanes(channels: int, held: list[int]) 
 
 def test_no_product_has_more_lanes_than_registers_on_entry() -> None:
     assert [part.lanes for part in attention.value_parts(case("causal", "one warpgroup", value_dim=256))] == [128, 128]
+
+
+def test_a_bias_of_keys_comes_with_their_tiles() -> None:
+    text = source(case("shared_bias"))
+    assert "biases.index(stage).store(added)" in text.partition("def consumer(")[0]
+    assert text.count(".load(SCORE_COLUMNS)[None, :]") == 4  # in each loop, and twice in a row tile's first step
+    assert "distances" not in text
+
+
+def test_slopes_come_with_row_tiles() -> None:
+    text = source(case("alibi"))
+    assert "slope = tl.load(bias" in text.partition("def producer(")[0]
+    assert "BROUGHT" not in text
+    assert text.count("distances(columns") == 4 + 1  # its definition
+    assert "write(columns" in text
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_row_tiles_of_q_need_room(form: str) -> None:
+    assert attention.is_staged(case("causal", form, head_dim=128, value_dim=128))
+    biased = case("shared_bias", form, head_dim=128, value_dim=128)
+    assert attention.is_staged(biased) == (form == "two warpgroups")
 
 
 def test_results_of_wide_heads_go_straight_to_memory() -> None:
