@@ -102,7 +102,9 @@ class HopperKernel(AttentionKernel):
             sizes = [*lengths[:4], *rows, *packed, *steps, tiles]
             grid = min(tiles, self.target.cores * attention.programs(self.kernel))
             function = self._function(variant, q.get_device())
-            return Call(function, grid, [*table_sizes(tables), *bias_steps(extras), *sizes], maps, counters(function.device).of)
+            return Call(
+                function, grid, [*table_sizes(tables), *bias_steps(extras), *sizes], maps, counters(function.device).of
+            )
 
     def _maps_or_none(self, variant: Variant, tensors: Sequence[Tensor]) -> list[TensorMap]:
         """None where Triton's version does not compile the kernel, which is said, and tried, once."""

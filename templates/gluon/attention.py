@@ -200,7 +200,7 @@ def is_staged(kernel: Op) -> bool:
     head, value, stages = lanes(kernel["head_dim"]), lanes(kernel["value_dim"]), option(kernel, "stages", 2)
     halves = kernel["block_m"] * (2 * head + value) + stages * kernel["block_n"] * (head + value)
     words = stages * kernel["block_n"] * (gathers(kernel) + (kernel["bias"] == "key"))
-    return 2 * halves + 4 * words + _NUMBERS <= _SHARED // programs(kernel) - _OF_A_PROGRAM
+    return bool(2 * halves + 4 * words + _NUMBERS <= _SHARED // programs(kernel) - _OF_A_PROGRAM)
 
 
 def descriptors(kernel: Op) -> Iterator[tuple[str, str, Part]]:
