@@ -18,6 +18,7 @@ from spgen.data import check_boundaries, check_data
 from spgen.errors import DtypeError, PatternError, ShapeError, UnsupportedError
 from spgen.ops import attention as operator
 from spgen.ops import is_plain
+from spgen.ops import plan as make_plan
 from spgen.patterns import Pattern
 from spgen.plan import Plan, PlanKey, refuse
 
@@ -125,9 +126,9 @@ class Attention:
         """
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         if plan is not None:
-            wanted = self._made_for(q, k, cu_seqlens_q, start, offsets, kv_lengths)
+            wanted = self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths)
             if plan.key != wanted:
-                refuse(plan, PlanKey._make(wanted))
+                refuse(plan, wanted)
         if check:
             self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         call: Any = operator if is_plain(q, k, v) else torch.ops.spgen.attention
@@ -138,13 +139,13 @@ class Attention:
         )  # fmt: skip
         return results if return_lse else results[0]
 
-    def _made_for(
+    def _key(
         self, q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, start: int | None, offsets: Tensor | None,
         kv_lengths: Tensor | None,
-    ) -> tuple[Any, ...]:  # fmt: skip
-        """What a plan is made for: the fields of a PlanKey."""
+    ) -> PlanKey:  # fmt: skip
+        """What a plan is made for."""
         sequences = None if cu_seqlens_q is None else len(cu_seqlens_q) - 1
-        return (
+        return PlanKey(
             self._text, self._shapes, q.shape, k.shape, sequences, q.dtype, q.device, start, offsets is None,
             kv_lengths is None,
         )  # fmt: skip
@@ -178,11 +179,9 @@ class Attention:
         if check:
             self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
-        tables = torch.ops.spgen.plan(
-            q, k, self._data, self._text, cu_seqlens_q, cu_seqlens_k, offsets, start, kv_lengths
-        )
-        made_for = self._made_for(q, k, cu_seqlens_q, start, offsets, kv_lengths)
-        return Plan(list(tables), PlanKey._make(made_for))
+        make: Any = make_plan if is_plain(q, k, k) else torch.ops.spgen.plan
+        tables = make(q, k, self._data, self._text, cu_seqlens_q, cu_seqlens_k, offsets, start, kv_lengths)
+        return Plan(list(tables), self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths))
 
     def explain(
         self,

@@ -188,3 +188,14 @@ def test_data_are_checked_when_asked() -> None:
     attend.plan(q, k)
     with pytest.raises(DataError, match="columns: index"):
         attend.plan(q, k, check=True)
+
+
+def test_plans_inside_compiled_graphs() -> None:
+    """Dynamo 2.11 holds a named tuple to be other than a tuple of the same."""
+    attend = sp.attention(sp.causal() & sp.columns(torch.tensor([[3, 7]])))
+    k = torch.randn(1, 2, 100, 16)
+    compiled = torch.compile(
+        lambda q, k, v: attend(q, k, v, plan=attend.plan(q, k)), fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        assert torch.equal(compiled(k, k, k), attend(k, k, k))
