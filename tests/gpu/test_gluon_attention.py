@@ -54,12 +54,20 @@ WIDE = {
     "two warpgroups": ((128, 64), ("warps=12", "warpgroups=2", "stages=2", "registers=240")),
     "one warpgroup": ((64, 64), ("warps=8", "warpgroups=1", "stages=1", "registers=232")),
 }
-WIDE_CASES = ("causal", "window_and_sink", "block_list", "lengths_and_offsets", "packed_batch", "sink_logits", "words")
+WIDE_CASES = {
+    "causal": ((192, 192), (256, 256), (192, 128), (160, 200), (64, 256), (256, 72)),
+    "window_and_sink": ((256, 256),),
+    "block_list": ((192, 192), (256, 256)),
+    "lengths_and_offsets": ((192, 128), (256, 256)),
+    "packed_batch": ((192, 192), (256, 256)),
+    "shared_bias": ((192, 192),),
+    "alibi": ((256, 256),),
+    "words": ((192, 192),),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("dims", [(192, 192), (256, 256), (192, 128), (160, 200), (64, 256), (256, 72)])
 @pytest.mark.parametrize("form", WIDE)
-@pytest.mark.parametrize("name", WIDE_CASES)
+@pytest.mark.parametrize(("name", "dims"), [(name, dims) for name, all_of in WIDE_CASES.items() for dims in all_of])
 def test_wide_heads(name: str, form: str, dims: tuple[int, int]) -> None:
     tile, options = WIDE[form]
     case = ALL[name](*tile)
@@ -130,6 +138,20 @@ def test_keys_that_lie_apart(name: str, head_dim: int) -> None:
     lengths = torch.tensor([1000, 333], device="cuda")
     k[1, :, 333:] = v[1, :, 333:] = torch.nan
     assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_biases_of_keys_that_lie_apart(name: str) -> None:
+    """What lies beyond a length is NaN in the bias too."""
+    torch.manual_seed(3)
+    pattern = NARROW[name]()
+    q, k, v = rows(1000)
+    lengths = torch.tensor([1000, 333], device="cuda")
+    bias = torch.randn(2, 4, 1000, device="cuda")
+    k[1, :, 333:] = v[1, :, 333:] = bias[1, :, 333:] = torch.nan
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths, bias=bias)
+    slopes = sp.alibi(torch.rand(4, device="cuda"))
+    assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths, bias=slopes, softcap=3.0)
 
 
 @pytest.mark.parametrize("name", NARROW)
