@@ -4,10 +4,13 @@
         ->  union(term(before(i + 1), before(64)), term(before(i + 1), ~before(i - 1023), ~before(64)))
 
 Terms are ordered by the segment they will become: ranges, then runs of tiles, then gathers. A term of half-lines is
-subtracted exactly, as half-lines; any other term is subtracted by its predicate.
+subtracted exactly, as half-lines; any other term is subtracted by its predicate. Columns that all rows share own their
+pairs before diagonals do: to leave them out takes one bit for each column, and leaves their own tiles whole.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from spgen.ir.expr import free_variables
 from spgen.ir.node import Op
@@ -17,22 +20,29 @@ from spgen.passes.normalize import contradict, implies, leaf_of, merge
 
 def own(node: Op) -> Op:
     """`node`, a union of terms, with disjoint terms in the order in which a kernel visits them."""
-    ordered = sorted(node.operands, key=segment_order)
+    ordered = sorted(node.operands, key=lambda term: max(map(_claim, term.operands), default=0))
     owned: list[list[Op]] = []
     for at, term in enumerate(ordered):
         pieces = [list(term.operands)]
         for earlier in ordered[:at]:
             pieces = [rest for piece in pieces for rest in _subtract(piece, earlier)]
         owned.extend(pieces)
+    owned.sort(key=segment_order)
     return PATTERN.make("union", *(PATTERN.make("term", *term) for term in owned))
 
 
-def segment_order(term: Op) -> int:
+def segment_order(literals: Iterable[Op]) -> int:
     """0 range, 1 masked range, 2 runs of tiles, 3 gather."""
-    ranks = [_driver_rank(literal) for literal in term.operands]
-    if not ranks:
-        return 0
-    return max(ranks)
+    return max(map(_driver_rank, literals), default=0)
+
+
+def _claim(literal: Op) -> int:
+    """The order in which terms own pairs: that of segments, but diagonals come after columns that all rows share."""
+    leaf, positive, _ = leaf_of(literal)
+    rank = _driver_rank(literal)
+    if positive and leaf.kind == "diagonals":
+        return 4
+    return rank if rank < 3 else 3 if leaf["rows"] == 0 else 5
 
 
 def _driver_rank(literal: Op) -> int:

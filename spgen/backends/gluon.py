@@ -30,7 +30,7 @@ from spgen.templates.gluon import attention
 from spgen.templates.gluon.boxes import gathers
 from spgen.templates.triton.attention import Parameter
 
-_OWN_OPTIONS = (attention.WARPGROUPS, attention.GATHERS, "warps", "stages", "registers")
+_OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
 _ARCH = "sm_90"
 _TENSORS = ("q", "k", "v", "out")
 _FIXED = ("i32", "i64", "stride", "step")

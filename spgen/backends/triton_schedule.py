@@ -11,7 +11,6 @@ The options of a kernel that this backend knows:
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
 | `splits` | programs that share the keys of a row tile, where row tiles are fewer than a device runs (default: 1) |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
-| `gathers` | 1: beside `warpgroups`, keys that lie apart are brought one by one (otherwise plain Triton serves them) |
 | `warpgroups` | 1 or 2 that multiply, beside warps that bring tiles: the form of spgen/backends/gluon.py, on Hopper |
 """
 

@@ -21,7 +21,6 @@ from spgen.ir.expr import (
     free_variables,
     maximum,
     minimum,
-    operands,
     substitute,
     tables,
     var,
@@ -29,6 +28,7 @@ from spgen.ir.expr import (
 )
 from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, option, parts
 from spgen.ir.node import Op
+from spgen.templates.gluon.bits import WORD, Bits, bits_of, conjunction, solved
 from spgen.templates.gluon.boxes import LEAST_BOX, box_rows, gathers, load_of, run_of
 from spgen.templates.triton.attention import (
     HEADS,
@@ -52,7 +52,6 @@ from spgen.templates.triton.masks import Places
 
 ENTRY = "attention"
 WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form: 1 or 2 warpgroups that multiply
-GATHERS = "gathers"  # the option by which keys that lie apart are brought one by one, too
 ROWS = 64  # of a tile, for each of them
 COLUMNS = (64, 128)  # of a tile
 REGISTERS = 64 * 1024  # of a multiprocessor
@@ -61,12 +60,24 @@ _NUMBERS = 768  # bytes at most of what lies there beside tiles and vectors
 LEAST_REGISTERS, BRING_REGISTERS = 24, 72  # that setmaxnreg leaves a thread; of one that brings single rows
 VECTOR = 8  # channels, of which tensor maps take multiples
 LANES = (64, 256)  # that hold channels: whole rows of 128 bytes at least, and accumulators that fit the registers
+_FEW_LANES = 128  # up to which rows are brought one by one
 _TENSORS = ("q", "k", "v", "out")
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "buffer", "b", "hk", "h", "tile", "kv_len", "q_offset")
 _PACKED = ("sequence", "q_start", "q_len", "k_start")
-_COLUMNS = (var("c"), var("j"))  # the same: keys follow each other
 _OWN = {name: f"own_{name}" for name in COLUMN_VARIABLES}
+
+
+@dataclass(frozen=True)
+class RowBits:
+    """A `Bits` as source."""
+
+    name: str
+    kind: str
+    value: Printed
+    table: str
+    row: str
+    wanted: bool
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,8 @@ class Segment:
     lower: Printed | None  # the first column of a tile that is wanted
     upper_by_row: bool
     lower_by_row: bool
-    rest: Printed | None  # of the mask
+    bits: tuple[RowBits, ...]  # the rest of the mask as bits, if it is nothing else
+    rest: Printed | None  # or the rest of the mask
     limits: tuple[str, ...]  # what is computed before the scores have come
     mask_values: tuple[str, ...]
     mask_tables: tuple[str, ...]
@@ -112,9 +124,12 @@ def refusal(kernel: Op) -> str | None:
     if kernel["row"] is not None:
         return "permuted rows"
     segments = parts(kernel, "segment")
-    apart = gathers(kernel) and not option(kernel, GATHERS, 0)
-    if not segments or apart or any(op["key"] is not None for op in segments):
-        return "keys that do not follow each other"
+    if not segments:
+        return "no keys"
+    if any(op["key"] is not None for op in segments):
+        return "permuted keys"
+    if gathers(kernel) and max(lanes(kernel["head_dim"]), lanes(kernel["value_dim"])) > _FEW_LANES:
+        return f"keys that lie apart, of more than {_FEW_LANES} channels"
     if reads_per_pair(kernel):
         return "masks that read tables pair by pair"
     return None
@@ -196,10 +211,20 @@ def value_parts(kernel: Op) -> tuple[Part, ...]:
 
 
 def is_staged(kernel: Op) -> bool:
-    """Whether there is room for results in shared memory, and for two row tiles of Q."""
+    """Whether there is room for results in shared memory."""
+    return _fits(kernel, buffers=2, results=True)
+
+
+def q_buffers(kernel: Op) -> int:
+    """Row tiles of Q for which there is room in shared memory."""
+    return 2 if _fits(kernel, buffers=2, results=is_staged(kernel)) else 1
+
+
+def _fits(kernel: Op, *, buffers: int, results: bool) -> bool:
     head, value, stages = lanes(kernel["head_dim"]), lanes(kernel["value_dim"]), option(kernel, "stages", 2)
-    halves = kernel["block_m"] * (2 * head + value) + stages * kernel["block_n"] * (head + value)
+    halves = kernel["block_m"] * (buffers * head + results * value) + stages * kernel["block_n"] * (head + value)
     words = stages * kernel["block_n"] * (gathers(kernel) + (kernel["bias"] == "key"))
+    words += stages * kernel["block_n"] // WORD * kernel["block_m"] * marks(kernel)
     return bool(2 * halves + 4 * words + _NUMBERS <= _SHARED // programs(kernel) - _OF_A_PROGRAM)
 
 
@@ -258,13 +283,14 @@ def symbols(kernel: Op) -> dict[str, Any]:
         (*_ALWAYS, *packed, *slope, *(name for one in segments for name in (*one.bounds, *one.mask_values)), *producer)
     )
     bounds = [name for one in segments for name in one.bounds]
+    marked = [one for one in segments if one.bits]
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
         "element": kernel["dtype"],
         "head_parts": head_parts(kernel),
         "value_parts": value_parts(kernel),
-        "q_buffers": 2 if is_staged(kernel) else 1,
+        "q_buffers": q_buffers(kernel),
         "staged": is_staged(kernel),
         "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
@@ -291,6 +317,14 @@ def symbols(kernel: Op) -> dict[str, Any]:
         ],
         "segments": [_bound(one, op, printing) for one, op in zip(segments, parts(kernel, "segment"), strict=True)],
         "producer_values": tuple(dict.fromkeys(("b", "hk", "h", "tile", "kv_len", *packed, *bounds, *producer))),
+        "marker_values": tuple(
+            dict.fromkeys(("b", "hk", "h", *bounds, *(name for one in marked for name in one.mask_values), *producer))
+        ),
+        "marker_tables": tuple(
+            {f"{name}_table" for column in columns for name in tables(column)}.union(
+                *(one.mask_tables for one in marked)
+            )
+        ),
         "producer_tables": tuple({f"{name}_table" for column in columns for name in tables(column)}),
         "operations": {node.op for value in expressions_of(kernel) for node in walk(value)},
     }
@@ -306,27 +340,29 @@ def _call(kernel: Op) -> tuple[str, ...]:
 def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
     has_full = op["full_start"] is not None and not never_full(op, kernel["block_n"], printing.ranges)
     names = tuple(f"{op['name']}_{bound}_at" for bound in _BOUNDS)
-    wanted = TRUE if op["mask"] is None else by_tile(op)
-    uppers, lowers, others = _limits(wanted, places_of(printing.rows))
-    if not _starts_inside(op["column"]):
-        lowers.append(const(0))
-    rest = reduce(and_, others) if others else None
-    mask = None if rest is None else printing.mask(rest, frozenset(), _OWN)
+    uppers, lowers, others, bits = _kept(kernel, op, printing.rows)
     direct, box = run_of(op, kernel["block_n"]) == kernel["block_n"], box_rows(kernel)
     gathered = run_of(op, kernel["block_n"]) < LEAST_BOX
-    lets = _row_lets(kernel, [wanted], printing)
+    if not gathered and not _starts_inside(op["column"]):
+        lowers.append(const(0))
+    rest = reduce(and_, others) if others and not bits else None
+    mask = None if rest is None else printing.mask(rest, frozenset(), _OWN)
+    asked = [*uppers, *lowers, *((one.value for one in bits) if bits else others)]
+    lets = _row_lets(kernel, asked, printing)
     bodies = [let["value"] for let in lets]
-    speaks = [wanted, *bodies, var("kv_len")]
+    speaks = [*asked, *bodies, var("kv_len")]
     rows = bool(printing.rows & {name for value in speaks for name in free_variables(value)})
     speaks += [var("tile"), var("q_offset")] if rows else []
     read = {f"{name}_table" for value in speaks for name in tables(value)}
+    read |= {f"{one.table}_table" for one in bits if one.table}
     heads = {HEADS[table["heads"]] for table in parts(kernel, "table") if f"{table['name']}_table" in read}
     speaks += [var(head) for head in heads if head != "0"] if read else []
-    near = var("c0") if direct else const(0)
+    near = var("c0") if direct or bits else const(0)
     upper = reduce(minimum, [value - near for value in uppers], var("stop")) if uppers else None
     lower = reduce(maximum, [value - near for value in lowers]) if lowers else None
     own = {"c0": "c0", "stop": "stop"}
     which = ("sequence",) if kernel["cu_seqlens"] else ("b",)
+    printed = tuple(_printed_bits(f"asked_{n}", one, printing) for n, one in enumerate(bits))
     limits = [
         *([] if direct else ["near"]),
         "stop",
@@ -346,6 +382,7 @@ def _segment(kernel: Op, op: Op, printing: Printing) -> Segment:
         lower=None if lower is None else printing.text(lower, "lower", **own),
         upper_by_row=any(printing.rows & free_variables(value) for value in uppers),
         lower_by_row=any(printing.rows & free_variables(value) for value in lowers),
+        bits=printed,
         rest=mask,
         limits=tuple(limits),
         mask_values=tuple(dict.fromkeys((*names, *_scalars(kernel, speaks, printing), *(which if read else ())))),
@@ -366,26 +403,40 @@ def _columns(column: Expr, printing: Printing, box: int, count: int) -> tuple[Pr
     return tuple(printing.text(first, f"column_{x}") for x, first in enumerate(firsts))
 
 
+def _kept(kernel: Op, op: Op, rows: set[str]) -> tuple[list[Expr], list[Expr], list[Expr], list[Bits]]:
+    """A segment's mask apart, as `_limits`, and what remains as bits if all of it can be said so."""
+    uppers, lowers, others = _limits(TRUE if op["mask"] is None else by_tile(op), places_of(rows))
+    if run_of(op, kernel["block_n"]) < WORD:
+        return uppers, lowers, others, []
+    lets = {op["name"]: op["value"] for op in parts(kernel, "let") if op["name"] in rows}
+    aligned = load_of(op["column"]) is not None
+    found = [bits_of(part, lets, places_of(rows), aligned=aligned) for part in others]
+    return uppers, lowers, others, [] if None in found else [one for one in found if one is not None]
+
+
+def marks(kernel: Op) -> bool:
+    """Whether masks of any segment are bits, which the warps that bring tiles write beside them."""
+    rows = row_vectors(kernel)
+    return any(_kept(kernel, op, rows)[-1] for op in parts(kernel, "segment"))
+
+
+def _printed_bits(name: str, bits: Bits, printing: Printing) -> RowBits:
+    value = printing.text(bits.value, f"{name}_part", c0="c0", p="p")
+    table = printing.names[bits.table] if bits.table else ""
+    return RowBits(name, bits.kind, value, table, printing.text(bits.row, name).value, bits.wanted)
+
+
 def _limits(mask: Expr, places: Places) -> tuple[list[Expr], list[Expr], list[Expr]]:
     """A conjunction apart: columns are below all of the first, at least all of the second, and the rest holds.
 
     So all rows' bounds meet before columns come in: one comparison for each pair, whatever bounds there are.
     """
-    uppers, lowers, rest = [], [], []
+    found: dict[str, list[Expr]] = {"upper": [], "lower": [], "": []}
     for part in conjunction(mask):
-        a, b = operands(part) if part.op in ("lt", "le") else (part, part)
-        if part.op in ("lt", "le") and a in _COLUMNS and places.kind(b) in ("row", "scalar"):
-            uppers.append(b + 1 if part.op == "le" else b)
-        elif part.op in ("lt", "le") and b in _COLUMNS and places.kind(a) in ("row", "scalar"):
-            lowers.append(a + 1 if part.op == "lt" else a)
-        elif part is not TRUE:
-            rest.append(part)
-    return uppers, lowers, rest
-
-
-def conjunction(mask: Expr) -> list[Expr]:
-    """The parts that all must hold."""
-    return [one for part in mask.args for one in conjunction(part)] if mask.op == "and" and mask.is_bool else [mask]
+        side, bound = solved(part, places) or ("", part)
+        if bound is not TRUE:
+            found[side].append(bound)
+    return found["upper"], found["lower"], found[""]
 
 
 def _starts_inside(column: Expr) -> bool:

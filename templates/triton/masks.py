@@ -126,22 +126,22 @@ class _Separation:
         a, b = map(self.of, node.args)
         if "pair" not in (self.places.kind(a), self.places.kind(b)) or a.is_bool or b.is_bool:
             return fold(node.op, a, b)
-        terms = [*_signed(a, 1), *_signed(b, -1)]
+        terms = [*signed(a, 1), *signed(b, -1)]
         if any(self.places.kind(term) == "pair" for term, _ in terms):
             return fold(node.op, a, b)
         left = [(term, sign) for term, sign in terms if self.places.kind(term) != "column"]
         right = [(term, -sign) for term, sign in terms if self.places.kind(term) == "column"]
-        return fold(node.op, _total(left), _total(right))
+        return fold(node.op, total(left), total(right))
 
     def _sum(self, node: Expr) -> Expr:
         """A sum of rows and scalars, of columns, and of pairs; constants stay with the rows."""
-        terms = [(self.of(term), sign) for term, sign in _signed(node, 1)]
+        terms = [(self.of(term), sign) for term, sign in signed(node, 1)]
         sums: list[tuple[Expr, bool]] = []
         for kinds in (("row", "scalar"), ("column",), ("pair",)):
             group = [(term, sign) for term, sign in terms if self.places.kind(term) in kinds]
             if group:
                 positive = any(sign > 0 for _, sign in group)
-                sums.append((_total(group if positive else _negated(group)), positive))
+                sums.append((total(group if positive else _negated(group)), positive))
         sums.sort(key=lambda each: each[0].op == "const")
         added = [total for total, positive in sums if positive] or [const(0)]
         taken = [total for total, positive in sums if not positive]
@@ -153,10 +153,10 @@ def _flat(op: str, node: Expr) -> list[Expr]:
     return [part for child in node.args for part in _flat(op, child)] if node.op == op else [node]
 
 
-def _signed(node: Expr, sign: int) -> list[tuple[Expr, int]]:
+def signed(node: Expr, sign: int) -> list[tuple[Expr, int]]:
     """The terms of a sum with their signs."""
     if node.op in ("add", "sub"):
-        return _signed(node.args[0], sign) + _signed(node.args[1], sign if node.op == "add" else -sign)
+        return signed(node.args[0], sign) + signed(node.args[1], sign if node.op == "add" else -sign)
     return [(node, sign)]
 
 
@@ -164,7 +164,7 @@ def _negated(terms: Sequence[tuple[Expr, int]]) -> list[tuple[Expr, int]]:
     return [(term, -sign) for term, sign in terms]
 
 
-def _total(terms: Sequence[tuple[Expr, int]]) -> Expr:
+def total(terms: Sequence[tuple[Expr, int]]) -> Expr:
     """The sum, positive terms first."""
     added: Expr = sum((term for term, sign in terms if sign > 0), start=const(0))
     return reduce(lambda total, term: total - term, (term for term, sign in terms if sign < 0), added)

@@ -21,8 +21,8 @@ hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")]
 
 FORMS = {
-    "two warpgroups": (128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232", "gathers=1")),
-    "one warpgroup": (64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192", "gathers=1")),
+    "two warpgroups": (128, 128, ("warps=12", "warpgroups=2", "stages=2", "registers=232")),
+    "one warpgroup": (64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192")),
 }
 
 
@@ -124,7 +124,28 @@ NARROW = {
     "16 keys": lambda: sp.causal() & sp.block(128, 16, mask=torch.rand(4, 8, 63, device="cuda") < 0.4),
     "32 keys for 64 rows": lambda: sp.block(64, 32, indices=torch.randint(-2, 33, (1, 2, 16, 9), device="cuda")),
     "blocks of 32": lambda: sp.causal() & sp.block(32, mask=torch.rand(4, 32, 32, device="cuda") < 0.3),
+    "columns": lambda: sp.causal() & sp.columns(numbers(1000, 4, 300)),
+    "columns for all rows": lambda: sp.columns(numbers(1000, 2, 4, 130)),
+    "late columns": lambda: sp.causal() & sp.columns(numbers(500, 4, 100) + 500),  # most rows have none
+    "vertical and slash": lambda: sp.causal() & sp.vertical_slash(numbers(1000, 4, 200), offsets()),
+    "diagonals": lambda: sp.causal() & sp.diagonals(offsets()),
+    "diagonals to both sides": lambda: sp.diagonals(offsets() - 300),
+    "columns and a window": lambda: sp.causal() & (sp.window(100) | sp.columns(numbers(1000, 4, 150))),
+    "tokens for 64 rows": lambda: sp.top_k(numbers(1010, 2, 16, 130) - 5, rows=64),
+    "tokens for 128 rows": lambda: sp.causal() & sp.top_k(numbers(1000, 4, 8, 300), rows=128),
+    "a stripe of tokens": lambda: sp.causal() & sp.stripe(8, shift_per_head=1),
 }
+
+
+def numbers(below: int, *shape: int) -> torch.Tensor:
+    return torch.randint(0, below, shape, device="cuda", dtype=torch.int32)
+
+
+def offsets() -> torch.Tensor:
+    """Bands that touch and such that do not, single diagonals, and the main one."""
+    bands = numbers(15, 4, 4).sort(-1).values * 64
+    near = (bands[..., None] + torch.arange(64, device="cuda", dtype=torch.int32)).flatten(1)
+    return torch.cat([near, numbers(1000, 4, 30), torch.zeros_like(near[:, :1])], 1)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -138,6 +159,14 @@ def test_keys_that_lie_apart(name: str, head_dim: int) -> None:
     lengths = torch.tensor([1000, 333], device="cuda")
     k[1, :, 333:] = v[1, :, 333:] = torch.nan
     assert_agrees(pattern, q, k, v, tolerance=4e-2, kv_lengths=lengths)
+
+
+@pytest.mark.parametrize("name", ["columns", "late columns", "vertical and slash", "a stripe of tokens"])
+def test_keys_that_lie_apart_in_packed_batches(name: str) -> None:
+    torch.manual_seed(3)
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in rows(1700, batch=1))
+    cu = torch.tensor([0, 1, 130, 130, 1100, 1700], device="cuda", dtype=torch.int32)
+    assert_agrees(NARROW[name](), q, k, v, tolerance=4e-2, cu_seqlens_q=cu, cu_seqlens_k=cu)
 
 
 @pytest.mark.parametrize("name", NARROW)

@@ -30,6 +30,7 @@ from spgen.passes.schedule import Call
 from spgen.patterns import pattern
 from spgen.precompile import compile_text, resources_of
 from spgen.target import Target
+from spgen.templates.gluon import attention
 from spgen.tuned import Sizes, default_of, request_for
 from tests.kernel_cases import causal
 from tests.sass import undefined_descriptors
@@ -40,6 +41,8 @@ WIDE = Config(128, 64, ("warps=12", "warpgroups=2", "stages=2", "registers=224")
 SHORT = Config(64, 64, ("warps=8", "warpgroups=1", "stages=2", "registers=192"))
 BLOCKS = "causal() & block({0}, mask=$0: bool[8, R, C])"
 COLUMNS = "causal() & columns($0: int32[8, K])"
+SLASHES = "causal() & vertical_slash($0: int32[8, K], $1: int32[8, N])"
+PERMUTED = "permuted(window(64), k=$0: int32[8, N])"
 
 
 def call_of(**attrs: Any) -> Call:
@@ -67,6 +70,15 @@ COMPILED: dict[str, tuple[str, dict[str, Any], int]] = {
         BLOCKS.format(64), {"dtype": "float16", "head_dim": 64, "value_dim": 64}, 1,
     ),
     "diagonals": ("causal() & diagonals($0: int32[8, K])", {}, 1),
+    "blocks of 32": (BLOCKS.format(32), {"lse": True}, 1),
+    "columns": (COLUMNS, {"lse": True}, 2),
+    "columns, lengths, packed": (COLUMNS, {"kv_lengths": True, "cu_seqlens": True}, 2),
+    "columns and diagonals": (SLASHES, {"lse": True}, 1),
+    "columns and diagonals, lengths, packed": (SLASHES, {"kv_lengths": True, "cu_seqlens": True, "lse": True}, 1),
+    "columns and diagonals, 64 channels": (SLASHES, {"head_dim": 64, "value_dim": 64}, 1),
+    "columns and diagonals, 96 channels": (SLASHES, {"head_dim": 96, "value_dim": 96, "lse": True}, 1),
+    "diagonals, 256 channels": ("causal() & diagonals($0: int32[8, K])", {"head_dim": 256, "value_dim": 256}, 1),
+    "tokens for 64 rows": ("causal() & top_k($0: int32[8, R, K], rows=64)", {"lse": True, "kv_lengths": True}, 1),
     "lengths": ("causal() & window(300)", {"kv_lengths": True}, 2),
     "packed": ("causal()", {"cu_seqlens": True, "lse": True}, 2),
     "packed blocks": (BLOCKS.format(64), {"cu_seqlens": True}, 1),
@@ -109,7 +121,7 @@ def test_compiles_ahead_of_time(name: str) -> None:
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
         assert instruction in built.asm["ptx"]
     taken = resources(built, H200)
-    assert built.metadata.num_warps == option(kernel, "warps", 0)
+    assert built.metadata.num_warps == attention.threads(kernel) // 32
     assert taken.shared <= H200.smem_bytes
     config = default_config(request(text, **attrs))
     assert occupancy(config, H200, taken) == 2 // groups
@@ -188,8 +200,12 @@ def test_other_targets_refuse_what_was_tuned_for_hopper(arch: str) -> None:
         (BLOCKS.format(64), {"head_dim": 256, "value_dim": 256}, SHORT.having(stages=1, registers=232)),
         ("causal()", {"head_dim": 50, "value_dim": 50}, None),
         ("causal()", {"head_dim": 64, "value_dim": 256}, replace(TALL, block_n=64)),
-        (COLUMNS, {}, None),
-        ("causal() & stripe(8)", {}, None),
+        (COLUMNS, {}, TALL),
+        ("causal() & stripe(8)", {}, TALL),
+        (COLUMNS, {"head_dim": 192, "value_dim": 128}, None),
+        (SLASHES, {}, SHORT),
+        ("top_k($0: int32[8, R, K], rows=64)", {}, SHORT),
+        ("top_k($0: int32[8, R, K], rows=16)", {}, None),
         ("permuted(window(64), q=$0: int32[8, N], k=$1: int32[8, N])", {}, None),
         ("causal() & permuted(window(64), k=$0: int32[8, N])", {}, TALL),  # masked by ranks
     ],
@@ -234,7 +250,7 @@ def test_symbolic_sizes_are_only_compared() -> None:
         return shapes.create_symintnode(made, hint=value, source=source)
 
     rows, keys = symbol("rows", 8000), symbol("keys", 9000)
-    for text in ("causal()", COLUMNS):
+    for text in ("causal()", PERMUTED):
         found = request_for(text, call_of(), 8, 8, H200, Sizes(1, rows, keys, ((8, 100),)))
         assert bool((found.config or default_config(found)).option("warpgroups")) == (text == "causal()")
     assert not shapes.replacements
@@ -275,12 +291,13 @@ def explained(text: str, **options: Any) -> str:
 def test_explanations_say_why_a_kernel_is_plain() -> None:
     assert "gluon attention: row tiles of 128 x 128 keys; warps=12, warpgroups=2" in explained("causal()")
     assert "plain" not in explained("causal()")
-    listed = explained(COLUMNS)
+    assert explained(COLUMNS).startswith("kernel     gluon attention")
+    listed = explained(PERMUTED)
     assert listed.startswith("kernel     triton attention")
-    assert listed.endswith("plain, because of keys that do not follow each other")
+    assert listed.endswith("plain, because of permuted keys")
     assert explained("causal() & where((i * j) % 3 == 0)").startswith("kernel     gluon attention")
     assert explained("causal()", q_shape=(1, 8, 4, 128), kv_heads=2).endswith("plain, because of calls of few rows")
-    assert "plain" not in explained(COLUMNS, target="sm_80")  # which has no other form
+    assert "plain" not in explained(PERMUTED, target="sm_80")  # which has no other form
     assert why_plain(request("causal()", Target.of("sm_80"))) is None
 
 

@@ -21,11 +21,10 @@ FORMS = {
 }
 REFUSED = {
     "packed_causal": "calls of few rows",
-    "gathered_columns": "keys that do not follow each other",
     "permuted": "permuted rows",
     "arithmetic": "masks that read tables pair by pair",
     "scalar_offset": "rows that do not begin at multiples of 16 bytes",
-    "spilled_list": "keys that do not follow each other",
+    "spilled_list": "masks that read tables pair by pair",
     "biased_keys": "calls of few rows",
     "packed_group": "calls of few rows",
 }
@@ -220,17 +219,36 @@ def test_refusals_of_types_and_schedules(attrs: dict[str, Any], reason: str | No
 
 
 def test_a_kernel_without_segments_is_refused() -> None:
-    assert attention.refusal(own()) == "keys that do not follow each other"
+    assert attention.refusal(own()) == "no keys"
 
 
-def test_narrow_lists_are_refused() -> None:
+def test_narrow_lists_come_row_by_row() -> None:
     def listed(size: int) -> Op:
         column = f"load(blocks, tile, p // {size}) * {size} + p % {size}"
         return own(table("blocks"), segment("0", "kv_len", column=column, contiguous=False))
 
-    assert attention.refusal(listed(16)) is None
-    assert attention.refusal(listed(8)) == "keys that do not follow each other"
-    assert attention.refusal(listed(48)) == "keys that do not follow each other"
+    assert [attention.gathers(listed(size)) for size in (16, 8, 48)] == [False, True, True]
+    assert all(attention.refusal(listed(size)) is None for size in (16, 8, 48))
+
+
+def test_two_programs_that_bring_rows_leave_no_room_for_results() -> None:
+    taller, short = (case("gathered_columns", form) for form in FORMS)
+    assert attention.is_staged(taller)
+    assert not attention.is_staged(short)
+    assert "out_s" not in source(short)
+
+
+def test_what_diagonals_keep_comes_with_their_tiles() -> None:
+    mask = "select(r - tile * 64 < 32, word(bits, 0, kv_len - j), word(bits, 0, kv_len - j + 32))"
+    run = segment("0", "kv_len", mask=f"({mask} >> (r - tile * 64) % 32 & 1 != 0) & ~bit(columns, 0, j)")
+    listed = program(table("bits"), table("columns"), run, block_m=64, block_n=64)
+    text = source(asking(listed, "one warpgroup"))
+    assert "def marker(" in text
+    assert "def tests(" in text
+    assert "deal(" not in text
+    masked = loops(text)[0]
+    assert "limits_run(marks, ready, PART)" in masked
+    assert "def marker(" not in source(case("causal"))
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])
@@ -247,16 +265,14 @@ def test_registers_are_those_of_a_multiprocessor(warpgroups: int) -> None:
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])
-def test_keys_that_lie_apart_are_brought_one_by_one_if_asked(warpgroups: int) -> None:
+def test_keys_that_lie_apart_are_brought_one_by_one(warpgroups: int) -> None:
     form = "two warpgroups" if warpgroups == 2 else "one warpgroup"
     kernel = asking(CASES["gathered_columns"](64 * warpgroups, 64).kernel, form)
-    assert attention.refusal(kernel) == "keys that do not follow each other"
-    kernel = asking(kernel, options=(*kernel["options"], "gathers=1"))
     assert attention.refusal(kernel) is None
     text = source(kernel)
     assert text.count("async_copy.async_copy_global_to_shared(") == 1
     assert "def gather(" in text
     shared = attention.registers(kernel)
-    producers = shared["bring"] if warpgroups == 2 else 0  # one warp brings them beside one warpgroup
+    producers = shared["bring"] if warpgroups == 2 else 0  # two warps bring them beside one warpgroup
     taken = 128 * (warpgroups * shared["multiply"] + producers + shared["schedule"])
     assert taken * attention.programs(kernel) <= attention.REGISTERS
