@@ -157,7 +157,7 @@ def test_stages_that_do_not_fit_are_an_error() -> None:
 
 
 def test_what_is_refused_gets_plain_triton_over_the_same_tiles() -> None:
-    wanted = replace(request("causal() & stripe(8)"), config=TALL)
+    wanted = replace(request(PERMUTED), config=TALL)
     kernel = lower(wanted, TALL).kernel
     assert option(kernel, "warpgroups", 0) == 2
     built = triton.build(kernel, H200)
@@ -304,13 +304,14 @@ def test_explanations_say_why_a_kernel_is_plain() -> None:
 def test_explanations_speak_of_the_kernel_that_serves() -> None:
     q, k = torch.empty(1).expand(1, 8, 4096, 128).bfloat16(), torch.empty(1).expand(1, 2, 4096, 128).bfloat16()
     texts = []
-    for text, options in (("causal()", {"bias": torch.zeros(1, 1, 4096)}), ("causal() & stripe(8)", {})):
-        arguments = replace(Arguments(q, k, k, (), text), **options)
+    order = (torch.arange(4096, dtype=torch.int32).expand(8, 4096),)
+    for text, data, options in (("causal()", (), {"bias": torch.zeros(1, 1, 4096)}), (PERMUTED, order, {})):
+        arguments = replace(Arguments(q, k, k, data, text), **options)
         wanted = replace(request_of(arguments, target=H200), config=TALL)
-        texts.append(str(_explained(wanted, pattern(text), arguments)))
+        texts.append(str(_explained(wanted, pattern(text, *data), arguments)))
     assert "gluon attention" in texts[0]
     assert "triton attention: row tiles of 128 x 128 keys; warps=8, stages=2" in texts[1]
-    assert "plain, because of keys that do not follow each other" in texts[1]
+    assert "plain, because of permuted keys" in texts[1]
 
 
 @pytest.fixture

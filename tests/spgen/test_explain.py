@@ -98,7 +98,7 @@ def test_data_leave_counts_open() -> None:
 
 def test_long_masks_are_named_by_their_tables() -> None:
     text = text_of("causal() & vertical_slash(columns=$0: int32[8, K], offsets=$1: int32[8, K])")
-    assert "every tile is masked by what diagonal_bits_1, diagonal_ends_1 say" in text
+    assert "every tile is masked by what bits_0, diagonal_bits_1, diagonal_ends_1 say" in text
     assert "every tile is masked by" in text_of("causal() & where((i + j) % 3 == 0)")
 
 

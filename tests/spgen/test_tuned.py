@@ -240,7 +240,7 @@ def test_a_gpu_uses_records_of_its_architecture_if_it_has_none(directory: Path) 
         ("causal() & columns($0: int32[8, K])", ((8, 250),), "before&listed(0x1)", 256),
         (
             "causal() & vertical_slash($0: int32[8, K], $1: int32[8, L])", ((8, 1000), (8, 2000)),
-            "before&diagonals|before&listed(0x1)&~term", 4096,
+            "before&diagonals&~term|before&listed(0x1)", 4096,
         ),
         ("per_head([causal(), causal() & window(64)])", (), "before&where", 0),
     ],

@@ -232,7 +232,7 @@ def test_narrow_lists_come_row_by_row() -> None:
 
 
 def test_two_programs_that_bring_rows_leave_no_room_for_results() -> None:
-    taller, short = (case("gathered_columns", form) for form in FORMS)
+    taller, short = (case("gathered_columns", form, head_dim=128, value_dim=128) for form in FORMS)
     assert attention.is_staged(taller)
     assert not attention.is_staged(short)
     assert "out_s" not in source(short)
