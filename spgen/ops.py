@@ -302,7 +302,7 @@ def plan(
         kv_lengths = kv_lengths.contiguous()
     offset: Offset = q_offset if q_start is None else q_start
     key = (
-        pattern, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device,
+        pattern, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, settings().no_compile,
         None if offset is None else int if isinstance(offset, int) else offset.dtype,
         None if kv_lengths is None else kv_lengths.dtype,
         tuple([(t.shape, t.stride(), t.dtype, t.device) for t in data]),
