@@ -72,8 +72,8 @@ class Lowered:
     pack: int
 
 
-class Backend(Protocol):
-    """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
+class Schedules(Protocol):
+    """The part of a backend that chooses configurations; Triton's needs neither torch nor Triton."""
 
     def default_config(
         self, head_dim: int, value_dim: int, dtype: str, target: Target, *, rows: int | None, cols: int | None,
@@ -93,6 +93,10 @@ class Backend(Protocol):
     def refusal(self, kernel: Op, target: Target) -> str | None:
         """Why a kernel does not get the form that its schedule asks for; None if it does."""
 
+
+class Backend(Schedules, Protocol):
+    """What `spgen.backends.tvm` and `spgen.backends.triton` provide."""
+
     def served(self, kernel: Op, target: Target) -> Op:
         """The kernel with the schedule that it gets, which is another one where its form is refused."""
 
@@ -111,10 +115,18 @@ class Backend(Protocol):
 
 def backend_of(target: Target) -> Backend:
     """The backend that serves `target`: TVM on CPUs, Triton on GPUs, or what SPGEN_BACKEND says."""
+    return cast(Backend, import_module("spgen.backends.triton" if _is_for_triton(target) else "spgen.backends.tvm"))
+
+
+def _schedules(target: Target) -> Schedules:
+    if _is_for_triton(target):
+        return cast(Schedules, import_module("spgen.backends.triton_schedule"))
+    return backend_of(target)
+
+
+def _is_for_triton(target: Target) -> bool:
     name = settings().backend
-    if name == "triton" or (name == "auto" and target.kind != "cpu"):
-        return cast(Backend, import_module("spgen.backends.triton"))
-    return cast(Backend, import_module("spgen.backends.tvm"))
+    return name == "triton" or (name == "auto" and target.kind != "cpu")
 
 
 def is_packed(pattern: str, q_heads: int, kv_heads: int, q_len: int, block_m: int) -> bool:
@@ -204,7 +216,7 @@ def default_config(request: Request, q_len: int | None = None, *, plain: bool = 
     special = None if plain else _specialised(request, height)
     if special is not None and _refusal(_as_planned(request), special) is None:
         return special
-    return backend_of(request.target).default_config(
+    return _schedules(request.target).default_config(
         call.head_dim,
         call.value_dim,
         call.dtype,
@@ -223,7 +235,7 @@ def _as_planned(request: Request) -> Request:
 
 def _specialised(request: Request, height: int | None) -> Config | None:
     call, rows = request.call, shared_rows(read_short(request.pattern))
-    backend = backend_of(request.target)
+    backend = _schedules(request.target)
     return backend.specialised_config(
         call.head_dim, call.value_dim, call.dtype, request.target, rows=rows, height=height
     )
@@ -231,7 +243,7 @@ def _specialised(request: Request, height: int | None) -> Config | None:
 
 @lru_cache(maxsize=1024)
 def _refusal(request: Request, config: Config) -> str | None:
-    return backend_of(request.target).refusal(lower(request, config).kernel, request.target)
+    return _schedules(request.target).refusal(lower(request, config).kernel, request.target)
 
 
 def why_plain(request: Request) -> str | None:

@@ -31,16 +31,8 @@ from spgen.templates.gluon.boxes import gathers
 from spgen.templates.triton.attention import Parameter
 
 _OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
-_ARCH = "sm_90"
 _TENSORS = ("q", "k", "v", "out")
 _FIXED = ("i32", "i64", "stride", "step")
-
-
-def refusal(kernel: Op, target: Target) -> str | None:
-    """Why a kernel that asks for this form gets plain Triton; None if it does not."""
-    if target.arch != _ARCH:
-        return f"{target.arch}, which is not Hopper"
-    return attention.refusal(kernel)
 
 
 def portable(kernel: Op) -> Op:

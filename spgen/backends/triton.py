@@ -42,6 +42,7 @@ from spgen.backends.triton_compile import (
 )
 from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, driver
 from spgen.backends.triton_schedule import default_config as default_config
+from spgen.backends.triton_schedule import refusal as refusal
 from spgen.backends.triton_schedule import specialised_config as specialised_config
 from spgen.errors import ShapeError, ToolchainError
 from spgen.ir.kernel import option, parts
@@ -83,15 +84,6 @@ def _form(kernel: Op, target: Target) -> AttentionKernel:
         return SplitKernel(kernel, target)
     kernel = served(kernel, target)
     return gluon.HopperKernel(kernel, target) if option(kernel, WARPGROUPS, 0) else AttentionKernel(kernel, target)
-
-
-def refusal(kernel: Op, target: Target) -> str | None:
-    """Why a kernel does not get the form that its schedule asks for; None if it does."""
-    from spgen.backends import gluon
-
-    if not option(kernel, WARPGROUPS, 0):
-        return None
-    return "Triton's interpreter" if triton_interpreted() else gluon.refusal(kernel, target)
 
 
 def served(kernel: Op, target: Target) -> Op:

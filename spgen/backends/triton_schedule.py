@@ -17,9 +17,12 @@ The options of a kernel that this backend knows:
 from __future__ import annotations
 
 from spgen.ir.config import Config
-from spgen.settings import settings
+from spgen.ir.kernel import option
+from spgen.ir.node import Op
+from spgen.settings import settings, triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon.attention import lanes
+from spgen.templates.gluon import attention
+from spgen.templates.gluon.attention import WARPGROUPS, lanes
 from spgen.templates.triton.attention import padded
 
 _MUCH = 160 * 1024  # bytes of shared memory a block may have on sm_80, sm_90 and sm_100; elsewhere 99 KB or less
@@ -72,6 +75,15 @@ def specialised_config(
         return None
     options = (f"warps={warps}", f"warpgroups={warpgroups}", f"stages={stages}", f"registers={registers}")
     return Config(block_m, block_n, options)
+
+
+def refusal(kernel: Op, target: Target) -> str | None:
+    """Why a kernel does not get the form that its schedule asks for; None if it does."""
+    if not option(kernel, WARPGROUPS, 0):
+        return None
+    if triton_interpreted():
+        return "Triton's interpreter"
+    return attention.refusal(kernel) if _is_hopper(target) else f"{target.arch}, which is not Hopper"
 
 
 def default_config(

@@ -116,7 +116,7 @@ def test_compiles_ahead_of_time(name: str) -> None:
     text, attrs, groups = COMPILED[name]
     kernel = kernel_of(text, **attrs)
     assert option(kernel, "warpgroups", 0) == groups
-    assert gluon.refusal(kernel, H200) is None
+    assert triton.refusal(kernel, H200) is None
     built = compile_ahead(gluon.specialised(kernel, gluon.source_path(kernel), Variant(True, True)), H200)
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
         assert instruction in built.asm["ptx"]
@@ -176,7 +176,7 @@ def test_what_is_refused_gets_plain_triton_over_the_same_tiles() -> None:
 def test_other_targets_refuse_what_was_tuned_for_hopper(arch: str) -> None:
     target = Target.of(arch)
     kernel = lower(request("causal()", target), TALL).kernel
-    assert gluon.refusal(kernel, target) == f"{arch}, which is not Hopper"
+    assert triton.refusal(kernel, target) == f"{arch}, which is not Hopper"
     assert not option(triton.build(kernel, target).kernel, "warpgroups", 0)
 
 

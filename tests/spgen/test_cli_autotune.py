@@ -51,8 +51,8 @@ def record(case: Case, effort: str = "standard", **changes: Any) -> Record:
     return replace(made, **changes)
 
 
-def keep(path: Path, *records: Record) -> Path:
-    found = Records(device_of(CPU))
+def keep(path: Path, *records: Record, target: Target = CPU) -> Path:
+    found = Records(device_of(target))
     for one in records:
         found.add(one)
     found.save(path)
@@ -242,12 +242,17 @@ def test_a_default_of_another_form_measures_again() -> None:
         assert command._finished(records, case, h200, command.Effort.standard) == (made if known else None)
 
 
-def test_a_finished_tuning_imports_no_torch(tmp_path: Path) -> None:
-    case = Case("causal()", "causal()", 2, 64, 16, 1, 2, 64, 16, "float32", 0.1)
-    path = keep(tmp_path / "mine.json", record(case))
+@pytest.mark.parametrize("target", ["cpu", "h200"])
+def test_a_finished_tuning_imports_no_torch(target: str, tmp_path: Path) -> None:
+    device = Target.of(target)
+    dtype = "float32" if target == "cpu" else "bfloat16"
+    case = Case("causal()", "causal()", 2, 64, 16, 1, 2, 64, 16, dtype, 0.1)
+    default = DEFAULT if target == "cpu" else command._default(case, device)
+    made = record(case, default=default, toolchain=toolchain(device))
+    path = keep(tmp_path / "mine.json", made, target=device)
     program = (
         "import sys; from spgen import cli; sys.argv = ['spgen', 'autotune', 'causal()', '--q', '1x2x64x16', "
-        f"'--records', {str(path)!r}]\n"
+        f"'--records', {str(path)!r}, '--target', {target!r}, '--dtype', {dtype!r}]\n"
         "try: cli.main()\nexcept SystemExit as stop: assert not stop.code, stop.code\n"
         "assert 'torch' not in sys.modules"
     )
