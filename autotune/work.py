@@ -10,7 +10,7 @@ from spgen.errors import RecordError
 from spgen.ir.config import Config
 from spgen.target import Target
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for each program
 _PARTITIONS = 4  # of a multiprocessor: a warp's registers lie in one
 _MOST = {"cuda": 255, "hip": 512}  # registers of a thread

@@ -19,7 +19,8 @@ Expressions speak of these variables (scalars per program unless said otherwise)
 
 and of tables, whose axes are [batch, head, row, column] with batch and head broadcast.
 
-The score of a pair is s = scale * (q . k), then softcap * tanh(s / softcap), then s + bias[b, h, j] ("key") or
+The score of a pair is s = scale * (q . k), where q, k and v of dtype float8_e4m3fn are values times the scales of their
+rows (q) or heads (k and v), then softcap * tanh(s / softcap), then s + bias[b, h, j] ("key") or
 s - slope[b, h] * |i - j| ("alibi"); with `sinks` the denominator of the softmax, whose logarithm is the log-sum-exp,
 also holds exp(sink[h]).
 
@@ -40,6 +41,7 @@ PROGRAM_VARIABLES = ("b", "hk", "h", "tile", "q_len", "kv_len", "q_offset", "q_s
 ROW_VARIABLES = ("s", "r", "i")
 COLUMN_VARIABLES = ("p", "c", "j")
 HEAD_KINDS = ("one", "kv", "q")
+FLOAT8 = "float8_e4m3fn"  # the dtype of q, k and v that come with scales; the output is bfloat16
 OFFSETS = ("default", "scalar", "tensor")
 BIASES = ("none", "key", "alibi")
 

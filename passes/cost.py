@@ -15,7 +15,7 @@ from spgen.ir.node import Op
 from spgen.passes.normalize import leaf_of
 from spgen.passes.ownership import is_condition
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
 
 
 @dataclass(frozen=True)

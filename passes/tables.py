@@ -16,7 +16,10 @@ TILE, B, Q_START = map(var, ("tile", "b", "q_start"))
 
 @dataclass(frozen=True)
 class Shape:
-    """What tiling must know: heads, the rows of a row tile (per head), the tile's sides, and if batches are packed."""
+    """What tiling must know: heads, the rows of a row tile (per head), the tile's sides, and if batches are packed.
+
+    Where keys are walked in order, tiles begin at multiples of `align`.
+    """
 
     q_heads: int
     kv_heads: int
@@ -24,6 +27,7 @@ class Shape:
     block_m: int
     block_n: int
     cu_seqlens: bool = False
+    align: int = 1
 
     @property
     def slot(self) -> Expr:

@@ -97,7 +97,8 @@ class _Segment:
                 when = when & self.members.predicate(literal, None)
                 continue
             ends = self._bounds(literal)
-            said = ends and ends[0] is ends[1] and self.driver is None  # by the run's own ends
+            # by the run's own ends, if those are exact
+            said = ends and ends[0] is ends[1] and self.driver is None and self.shape.align == 1
             if not said and not self._limits_offsets(literal):
                 mask = mask & self.members.predicate(literal, self.key_space)
             if ends is None:
@@ -153,11 +154,16 @@ class _Segment:
     def _source(self) -> dict[str, Any]:
         """What the driver fixes: kind, column, and how positions are counted."""
         if self.driver is None:
-            return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
+            return self._range()
         leaf, _, _ = leaf_of(self.driver)
         if leaf.kind == "stripe":
             return self._stripe(leaf)
         return self._listed(leaf) if leaf.kind == "listed" else self._diagonals(leaf)
+
+    def _range(self) -> dict[str, Any]:
+        """All columns, in order."""
+        unit = self.shape.align
+        return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": unit}
 
     def _stripe(self, leaf: Op) -> dict[str, Any]:
         """Column p is the (p % w)-th of period p // w; the first period starts at or before column 0."""
@@ -173,7 +179,7 @@ class _Segment:
             source["exact"] = False
             source["mask"] = self.members.predicate(self.driver, self.key_space) if self.driver else TRUE
         elif leaf["width"] >= leaf["stride"]:
-            return {"source": "range", "contiguous": True, "column": P, "below": var("x"), "unit": 1}
+            return self._range()
         elif (leaf["width"] * leaf["cols"]) % self.shape.block_n == 0:
             source.update(contiguous=True, unit=self.shape.block_n)
         start = shift * leaf["cols"] % period - period

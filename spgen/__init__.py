@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from spgen.errors import UnsupportedError as UnsupportedError
     from spgen.errors import VerifyError as VerifyError
     from spgen.errors import WorkloadError as WorkloadError
+    from spgen.float8 import Float8 as Float8
     from spgen.patterns import Pattern as Pattern
     from spgen.patterns import block as block
     from spgen.patterns import causal as causal
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from spgen.patterns import where as where
     from spgen.patterns import window as window
     from spgen.plan import Plan as Plan
+    from spgen.quantize import quantize as quantize
     from spgen.scores import column_mass as column_mass
     from spgen.scores import last_queries as last_queries
     from spgen.scores import page_bounds as page_bounds
@@ -77,6 +79,8 @@ _HOMES = {
     "spgen.attend": "alibi attention",
     "spgen.compile": "compile_count",
     "spgen.drawing": "show",
+    "spgen.float8": "Float8",
+    "spgen.quantize": "quantize",
     "spgen.errors": "CacheError CacheWarning CompileError DataError DeviceError DtypeError GradientError PatternError "
     "PlanError RecordError ShapeError SpgenError TextError ToolchainError UnsupportedError VerifyError WorkloadError",
 }

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from spgen.backends.extras import Extras
 from spgen.data import check_shapes
-from spgen.errors import DeviceError, DtypeError, PatternError, ShapeError
+from spgen.errors import DeviceError, DtypeError, PatternError, ShapeError, UnsupportedError
 from spgen.ir.pattern import read_short
 from spgen.sequences import Sequences
 from spgen.settings import settings, triton_interpreted
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+FLOAT8 = torch.float8_e4m3fn  # with scales, on GPUs that multiply it
 _MAX_HEAD_DIM = 256
 _INTEGERS = (torch.int32, torch.int64)
 Offset: TypeAlias = "Tensor | int | None"
@@ -38,6 +39,12 @@ class Arguments:
     sink_logits: Tensor | None = None
     bias: Tensor | None = None
     softcap: float | None = None
+    scales: Sequence[Tensor] = ()
+
+    @property
+    def dtype(self) -> str:
+        """The name of q's type."""
+        return DTYPES.get(self.q.dtype, str(self.q.dtype).removeprefix("torch."))
 
     @property
     def packed(self) -> bool:
@@ -76,10 +83,11 @@ def sequences_of(
 
 
 def kinds(
-    cu_q: Tensor | None, cu_k: Tensor | None, sink_logits: Tensor | None, bias: Tensor | None, softcap: float | None
-) -> tuple[Any, ...]:
+    cu_q: Tensor | None, cu_k: Tensor | None, sink_logits: Tensor | None, bias: Tensor | None, softcap: float | None,
+    scales: Sequence[Tensor] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """What a kernel may depend on, and what was checked, of the arguments that most calls leave out."""
-    tensors = (cu_q, cu_k, sink_logits, bias)
+    tensors = (cu_q, cu_k, sink_logits, bias, *(scales or ()))
     return (
         softcap is None or softcap <= 0,
         *[None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors],
@@ -88,7 +96,7 @@ def kinds(
 
 def extras_of(
     q: Tensor, k: Tensor, sink_logits: Tensor | None, bias: Tensor | None, softcap: float | None,
-    cu_q: Tensor | None = None, cu_k: Tensor | None = None,
+    cu_q: Tensor | None = None, cu_k: Tensor | None = None, scales: Sequence[Tensor] = (),
 ) -> Extras:  # fmt: skip
     """The checked arguments in the form that kernels take."""
     if sink_logits is not None:
@@ -104,7 +112,7 @@ def extras_of(
         bias = bias.expand(batch, *bias.shape[1:])
     if cu_q is not None and cu_k is not None:
         cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    return Extras(cu_q, cu_k, softcap, sink_logits, bias)
+    return Extras(cu_q, cu_k, softcap, sink_logits, bias, [one.contiguous() for one in scales])
 
 
 def _by_group(bias: Tensor, q_heads: int, kv_heads: int) -> Tensor:
@@ -116,25 +124,20 @@ def _by_group(bias: Tensor, q_heads: int, kv_heads: int) -> Tensor:
     return bias[:, :, None].expand(batch, kv_heads, group, keys)
 
 
-def check(arguments: Arguments) -> None:
-    """Raises ShapeError, DtypeError, DeviceError or PatternError, naming the argument."""
+def check(arguments: Arguments, *, plans: bool = False) -> None:
+    """Raises ShapeError, DtypeError, DeviceError or PatternError, naming the argument.
+
+    `plans`: the arguments are those of a plan, which needs neither v nor scales.
+    """
     q, k, v = arguments.q, arguments.k, arguments.v
-    rank, form = (3, "[tokens, heads, head size]") if arguments.packed else (4, "[batch, heads, length, head size]")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dim() != rank:
-            remedy = "pass cu_seqlens_q and cu_seqlens_k for a packed batch" if tensor.dim() == 3 else ""
-            raise ShapeError(name, given=f"{tensor.dim()} axes", allowed=f"{rank} axes: {form}", remedy=remedy)
-        if tensor.device != q.device:
-            raise DeviceError(name, given=str(tensor.device), allowed=f"{q.device}, the device of q")
-        if tensor.dtype != q.dtype:
-            raise DtypeError(name, given=str(tensor.dtype), allowed=f"{q.dtype}, the dtype of q")
+    check_tensors(q, k, v, packed=arguments.packed)
     _check_boundaries(arguments)
     q4, k4, v4 = (as_batch(x) if arguments.packed else x for x in (q, k, v))
-    _check_sizes(q4, k4, v4)
-    _check_dtype(q)
+    check_sizes(q4, k4, v4)
+    _check_dtype(arguments, plans)
     for name, value in (("q_offset", arguments.q_offset), ("kv_lengths", arguments.kv_lengths)):
         if isinstance(value, Tensor):
-            _check_integers(name, value, q)
+            check_integers(name, value, q)
             if tuple(value.shape) != (arguments.batch,):
                 allowed = f"[{arguments.batch}], one for each sequence"
                 raise ShapeError(name, given=list(value.shape), allowed=allowed)
@@ -146,6 +149,19 @@ def check(arguments: Arguments) -> None:
     )  # fmt: skip
 
 
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, *, packed: bool) -> None:
+    """Raises ShapeError, DeviceError or DtypeError where q, k and v have other ranks, devices or types than q."""
+    rank, form = (3, "[tokens, heads, head size]") if packed else (4, "[batch, heads, length, head size]")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != rank:
+            remedy = "pass cu_seqlens_q and cu_seqlens_k for a packed batch" if tensor.dim() == 3 else ""
+            raise ShapeError(name, given=f"{tensor.dim()} axes", allowed=f"{rank} axes: {form}", remedy=remedy)
+        if tensor.device != q.device:
+            raise DeviceError(name, given=str(tensor.device), allowed=f"{q.device}, the device of q")
+        if tensor.dtype != q.dtype:
+            raise DtypeError(name, given=str(tensor.dtype), allowed=f"{q.dtype}, the dtype of q")
+
+
 def _check_boundaries(arguments: Arguments) -> None:
     if not arguments.packed:
         return
@@ -155,7 +171,7 @@ def _check_boundaries(arguments: Arguments) -> None:
             other = next(other for other in given if other != name)
             raise ShapeError(name, given="None", allowed=f"a tensor, because {other} was given",
                              remedy="pass both: the boundaries of the rows and of the keys")  # fmt: skip
-        _check_integers(name, value, arguments.q)
+        check_integers(name, value, arguments.q)
         if value.dim() != 1 or value.shape[0] < 2:
             raise ShapeError(name, given=list(value.shape), allowed="[N + 1]: where each of N >= 1 sequences starts, "
                              "and the end of the last")  # fmt: skip
@@ -164,7 +180,8 @@ def _check_boundaries(arguments: Arguments) -> None:
         raise ShapeError("cu_seqlens_k", given=f"{sizes[1]} boundaries", allowed=f"{sizes[0]}, as in cu_seqlens_q")
 
 
-def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ShapeError where q [B, Hq, Lq, D], k [B, Hk, Lk, D] and v [B, Hk, Lk, Dv] do not agree."""
     batch, heads, _, head_dim = q.shape
     if k.shape[0] != batch or v.shape[0] != batch:
         raise ShapeError("k, v", given=f"batches of {k.shape[0]} and {v.shape[0]}", allowed=f"{batch}, the batch of q")
@@ -179,15 +196,52 @@ def _check_sizes(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ShapeError(name, given=f"head size {size}", allowed=f"1 to {_MAX_HEAD_DIM}")
 
 
-def _check_dtype(q: Tensor) -> None:
+def _check_dtype(arguments: Arguments, plans: bool) -> None:
+    q = arguments.q
+    if q.dtype == FLOAT8:
+        _check_float8(arguments)
+        return None if plans else _check_scales(arguments)
     if q.dtype not in DTYPES:
         allowed = ", ".join(DTYPES.values())
         raise DtypeError("q", given=str(q.dtype), allowed=allowed, remedy="convert q, k and v")
+    if arguments.scales:
+        raise DtypeError("scales", given=f"{q.dtype} with scales", allowed=f"scales of {FLOAT8}")
     if q.device.type == "cpu" and settings().backend == "triton" and not triton_interpreted():
         raise DeviceError("q", given="cpu with SPGEN_BACKEND=triton", allowed="a GPU, or TRITON_INTERPRET=1")
 
 
-def _check_integers(name: str, value: Tensor, q: Tensor) -> None:
+def _check_float8(arguments: Arguments) -> None:
+    """What float8 cannot be used for."""
+    q = arguments.q
+    if q.device.type == "cpu":
+        raise UnsupportedError("q", given=f"{q.dtype} on the CPU", allowed="float8 on Hopper GPUs",
+                               remedy="pass float32, bfloat16 or float16")  # fmt: skip
+    if arguments.packed:
+        raise UnsupportedError("q", given=f"{q.dtype} in a packed batch", allowed="float8 in batches of equal lengths",
+                               remedy="pad the batch and give kv_lengths, or pass bfloat16")  # fmt: skip
+
+
+def _check_scales(arguments: Arguments) -> None:
+    """Float8 comes with scales, and with the layout that matrix products take."""
+    q, k, v = arguments.q, arguments.k, arguments.v
+    remedy = "q8, k8, v8 = sp.quantize(q, k, v), then attend(q8, k8, v8)"
+    if len(arguments.scales) != 3:
+        raise DtypeError("q", given=f"{q.dtype} without scales", allowed="float8 with scales", remedy=remedy)
+    shapes = {"q": q.shape[:3], "k": k.shape[:2], "v": k.shape[:2]}
+    for (name, shape), scales in zip(shapes.items(), arguments.scales, strict=True):
+        if scales.dtype != torch.float32:
+            raise DtypeError(f"{name}: scales", given=str(scales.dtype), allowed="float32")
+        if scales.device != q.device:
+            raise DeviceError(f"{name}: scales", given=str(scales.device), allowed=f"{q.device}, the device of q")
+        if scales.shape != shape:
+            per = "row" if name == "q" else "head"
+            raise ShapeError(f"{name}: scales", given=list(scales.shape), allowed=f"{list(shape)}, one for each {per}")
+    if v.stride(-2) != 1:
+        raise ShapeError("v", given=f"strides {v.stride()}", allowed="keys innermost", remedy=remedy)
+
+
+def check_integers(name: str, value: Tensor, q: Tensor) -> None:
+    """Raises DtypeError or DeviceError for what is no tensor of integers beside q."""
     if value.dtype not in _INTEGERS:
         raise DtypeError(name, given=str(value.dtype), allowed="int32 or int64")
     if value.device != q.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from spgen.arguments import Arguments
 from spgen.data import check_boundaries, check_data
 from spgen.errors import DtypeError, PatternError, ShapeError, UnsupportedError
+from spgen.float8 import Float8
 from spgen.ops import attention as operator
 from spgen.ops import is_plain
 from spgen.ops import plan as make_plan
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from typing import Literal
 
     from spgen.explain import Explanation
+
+
+Operand: TypeAlias = "Tensor | Float8"
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,19 @@ def _bias(bias: Tensor | Alibi) -> Tensor:
     return bias[(None,) * max(0, 3 - bias.dim())]
 
 
+def _float8(q: Operand, k: Operand, v: Operand) -> tuple[Tensor, Tensor, Tensor, list[Tensor] | None]:
+    """Values of float8 with the shapes of what they stand for, and scales; tensors as they are, and None."""
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        return q, k, v, None
+    if isinstance(q, Float8) and isinstance(k, Float8) and isinstance(v, Float8):
+        return q.tensor, k.tensor, v.tensor, [q.scales, k.scales, v.scales]
+    name, other = ("k", k) if isinstance(k, Float8) != isinstance(q, Float8) else ("v", v)
+    raise DtypeError(
+        name, given=type(other).__name__, allowed=f"{type(q).__name__}, as q",
+        remedy="pass q, k and v as sp.quantize(q, k, v) returned them, or all as tensors",
+    )  # fmt: skip
+
+
 class Attention:
     """Attention over a pattern. Made by :func:`attention`; nothing is compiled before the first call."""
 
@@ -71,7 +88,7 @@ class Attention:
 
     @overload
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
+        self, q: Operand, k: Operand, v: Operand, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None, q_offset: int | Tensor | None = None, kv_lengths: Tensor | None = None,
         sink_logits: Tensor | None = None, bias: Tensor | Alibi | None = None, return_lse: Literal[False] = False,
         check: bool = False,
@@ -79,7 +96,7 @@ class Attention:
 
     @overload
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
+        self, q: Operand, k: Operand, v: Operand, *, plan: Plan | None = None, cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None, q_offset: int | Tensor | None = None, kv_lengths: Tensor | None = None,
         sink_logits: Tensor | None = None, bias: Tensor | Alibi | None = None, return_lse: Literal[True],
         check: bool = False,
@@ -87,9 +104,9 @@ class Attention:
 
     def __call__(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Operand,
+        k: Operand,
+        v: Operand,
         *,
         plan: Plan | None = None,
         cu_seqlens_q: Tensor | None = None,
@@ -108,6 +125,9 @@ class Attention:
         give 0. `q_offset` (an int, or an integer tensor [B] on the device) is the position of row 0, by default the
         keys of the sequence less Lq. `kv_lengths` (integers [B] on the device) says how many keys each sequence has.
 
+        On Hopper GPUs all three may be what `sp.quantize(q, k, v)` returned, float8 with scales: the result is bfloat16
+        then. Not in packed batches, and not over keys that lie apart.
+
         A packed batch: q [T, Hq, D], k [Tk, Hk, D], v [Tk, Hk, Dv] with `cu_seqlens_q` and `cu_seqlens_k`, integers
         [N + 1] on the device: where each of N sequences starts, and the end of the last. Positions, data and
         `q_offset`, `kv_lengths` (now [N]) are those of the padded batch of N sequences; data by row or key are as
@@ -124,6 +144,7 @@ class Attention:
 
         Raises ShapeError, DtypeError, DeviceError, DataError, PlanError or UnsupportedError, naming the argument.
         """
+        q, k, v, scales = _float8(q, k, v)
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
         if plan is not None:
             wanted = self._key(q, k, cu_seqlens_q, start, offsets, kv_lengths)
@@ -135,7 +156,7 @@ class Attention:
         results: tuple[Tensor, Tensor] = call(
             q, k, v, self._data, [] if plan is None else plan.tables, self._text, cu_seqlens_q, cu_seqlens_k,
             offsets, start, kv_lengths, sink_logits, None if bias is None else _bias(bias), self.scale, self.softcap,
-            return_lse, self.dense == "auto",
+            return_lse, self.dense == "auto", scales,
         )  # fmt: skip
         return results if return_lse else results[0]
 
@@ -163,8 +184,8 @@ class Attention:
 
     def plan(
         self,
-        q: Tensor,
-        k: Tensor,
+        q: Operand,
+        k: Operand,
         *,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
@@ -176,6 +197,7 @@ class Attention:
 
         Arguments as in a call. The plan serves every call with the same shapes, dtype, offsets and lengths.
         """
+        q, k, _, _ = _float8(q, k, k)
         if check:
             self._check_data(q, k, cu_seqlens_q, cu_seqlens_k)
         start, offsets = (q_offset, None) if isinstance(q_offset, int) else (None, q_offset)
@@ -185,9 +207,9 @@ class Attention:
 
     def explain(
         self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        q: Operand,
+        k: Operand,
+        v: Operand,
         *,
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
@@ -199,10 +221,11 @@ class Attention:
         """Pattern, density, segments, bytes, FLOPs, predicted time and the chosen kernel for a call; printable."""
         from spgen.explain import explain
 
+        q, k, v, scales = _float8(q, k, v)
         added = None if bias is None else _bias(bias)
         arguments = Arguments(
             q, k, v, self._data, self._text, cu_seqlens_q, cu_seqlens_k, q_offset, kv_lengths, sink_logits, added,
-            self.softcap,
+            self.softcap, scales or (),
         )  # fmt: skip
         return explain(self, arguments)
 

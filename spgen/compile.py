@@ -15,9 +15,9 @@ from functools import lru_cache
 from importlib import import_module
 from typing import Any, Protocol, cast
 
-from spgen.errors import UnsupportedError
+from spgen.errors import UnsupportedError, float8_error
 from spgen.ir.config import Config
-from spgen.ir.kernel import parts
+from spgen.ir.kernel import FLOAT8, parts
 from spgen.ir.node import Op, walk
 from spgen.ir.pattern import is_selected, read_short, short_text, slots
 from spgen.ir.tiles import table_ops
@@ -170,7 +170,8 @@ def lower(request: Request, config: Config) -> Lowered:
     pack = request.q_heads // request.kv_heads if request.packed else 1
     cu_seqlens = request.call.cu_seqlens
     rows, block_m, block_n = config.block_m // pack, config.block_m, config.block_n
-    shape = Shape(request.q_heads, request.kv_heads, rows, block_m, block_n, cu_seqlens)
+    align = config.option("align", 1)
+    shape = Shape(request.q_heads, request.kv_heads, rows, block_m, block_n, cu_seqlens, align)
     program = tile(terms, slots(node), shape)
     kernel = hoist(schedule(program, request.call, pack, config.options))
     return Lowered(node, terms, program, kernel, pack)
@@ -214,8 +215,11 @@ def default_config(request: Request, q_len: int | None = None, *, plain: bool = 
     pack = request.q_heads // request.kv_heads if request.packed else 1
     height = None if q_len is None else max(q_len, 1) * pack
     special = None if plain else _specialised(request, height)
-    if special is not None and _refusal(_as_planned(request), special) is None:
+    refused = None if special is None else _refusal(_as_planned(request), special)
+    if special is not None and refused is None:
         return special
+    if call.dtype == FLOAT8:
+        raise float8_error(request.target.arch, refused)
     return _schedules(request.target).default_config(
         call.head_dim,
         call.value_dim,

@@ -82,7 +82,7 @@ def _beyond_dense(arguments: Arguments, return_lse: bool) -> str:
     asked = {
         "packed batch": a.packed, "q_offset": a.q_offset is not None, "kv_lengths": a.kv_lengths is not None,
         "sink_logits": a.sink_logits is not None, "bias": a.bias is not None, "softcap": a.softcap is not None,
-        "return_lse": return_lse, "empty call": 0 in (*a.q.shape, *a.k.shape),
+        "float8": bool(a.scales), "return_lse": return_lse, "empty call": 0 in (*a.q.shape, *a.k.shape),
     }  # fmt: skip
     return next((name for name, there in asked.items() if there), "")
 

@@ -160,6 +160,14 @@ class VerifyError(TextError):
     """IR that breaks a rule of its level; underlines the operation at fault."""
 
 
+def float8_error(arch: str, reason: str | None) -> UnsupportedError:
+    """Float8 is served by one form of kernels alone, which refuses a call for this reason, or does not exist here."""
+    return UnsupportedError(
+        "q", given=f"float8: {reason}" if reason else f"float8 on {arch}", allowed="float8 on Hopper GPUs (sm_90), "
+        "over keys that follow each other by 128 (64 where rows differ by 64)", remedy="pass bfloat16 or float16",
+    )  # fmt: skip
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) else repr(value)
 

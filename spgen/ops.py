@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spgen.arguments import DTYPES, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
+from spgen.arguments import FLOAT8, Arguments, Offset, as_batch, check, extras_of, kinds, sequences_of
 from spgen.compile import Compiled, Request, compiled, lowered, planner_of
 from spgen.errors import CompileError, GradientError, PlanError
 from spgen.ir.node import Op
@@ -28,7 +28,7 @@ from spgen.tuned import Sizes, config_of, request_for
 _SCHEMA = """attention(
     Tensor q, Tensor k, Tensor v, Tensor[] data, Tensor[] plan, str pattern, Tensor? cu_seqlens_q,
     Tensor? cu_seqlens_k, Tensor? q_offset, SymInt? q_start, Tensor? kv_lengths, Tensor? sink_logits, Tensor? bias,
-    float? scale, float? softcap, bool return_lse, bool dense=False
+    float? scale, float? softcap, bool return_lse, bool dense=False, Tensor[]? scales=None
 ) -> (Tensor, Tensor)"""
 _PLAN_SCHEMA = """plan(
     Tensor q, Tensor k, Tensor[] data, str pattern, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? q_offset,
@@ -48,7 +48,7 @@ class _Ready:
     make: Callable[..., list[Tensor]] | None  # makes the tables, if the kernel takes any
     dense: Callable[[Tensor, Tensor, Tensor, float], Tensor] | None  # takes the kernel's place
     starts_empty: bool  # whether the kernel may leave rows of the result unwritten
-    is_like_q: bool  # the result, in shape and strides
+    is_like_q: bool  # the result, in shape, strides and dtype
     lse_shape: tuple[int, ...]
     scale: float
 
@@ -75,14 +75,21 @@ def attention(
     softcap: float | None,
     return_lse: bool,
     dense: bool = False,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What the operator does on CPUs and GPUs; arguments are those of its schema."""
+    """What the operator does on CPUs and GPUs; arguments are those of its schema.
+
+    Float8 comes with the `scales` of q, k and v (see spgen/float8.py), and v with keys innermost.
+    """
     if q_offset is not None:
         q_offset = q_offset.contiguous()
     if kv_lengths is not None:
         kv_lengths = kv_lengths.contiguous()
     offset: Offset = q_offset if q_start is None else q_start
-    plain = cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
+    plain = (
+        cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
+        and not scales
+    )  # fmt: skip
     key = (
         pattern, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype, q.device,
         k.device, v.device, return_lse, dense,
@@ -91,13 +98,14 @@ def attention(
         # the data of a plan are not read, but their shapes choose the tiles
         tuple([t.shape if plan else (t.shape, t.stride(), t.dtype, t.device) for t in data]) if data else None,
         tuple([(t.shape, t.stride()) for t in plan]) if plan else None,
-        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap),
+        None if plain else kinds(cu_seqlens_q, cu_seqlens_k, sink_logits, bias, softcap, scales),
     )  # fmt: skip
     ready = _ready.get(key)
     if ready is None:
         arguments = Arguments(
-            q, k, v, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths, sink_logits, bias, softcap
-        )
+            q, k, v, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths, sink_logits, bias, softcap,
+            scales or (),
+        )  # fmt: skip
         ready = _prepare(arguments, return_lse, dense and not plan)
         if plan:
             _check_tiles(ready.compiled, sizes_of(arguments))
@@ -124,7 +132,8 @@ def attention(
     if plain:
         ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale)
     elif cu_seqlens_q is None:
-        ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale, extras_of(q, k, sink_logits, bias, softcap))
+        extras = extras_of(q, k, sink_logits, bias, softcap, scales=scales or ())
+        ready.launch(q, k, v, out, lse, tables, offset, kv_lengths, scale, extras)
     else:
         extras = extras_of(q, k, sink_logits, bias, softcap, cu_seqlens_q, cu_seqlens_k)
         views = [as_batch(x) for x in (q, k, v, out)]
@@ -140,14 +149,15 @@ def _operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _like(q: Tensor, value_dim: int) -> Tensor:
     """An uninitialised result whose axes lie in memory as q's do, the innermost contiguous."""
+    dtype = torch.bfloat16 if q.dtype == FLOAT8 else q.dtype
     if q.shape[-1] == value_dim:
-        out = torch.empty_like(q)
+        out = torch.empty_like(q, dtype=dtype)
         if out.stride(-1) == 1:
             return out
     shape = (*q.shape[:-1], value_dim)
     if q.stride(-3) < q.stride(-2):
-        return q.new_empty((*shape[:-3], shape[-2], shape[-3], value_dim)).transpose(-3, -2)
-    return q.new_empty(shape)
+        return q.new_empty((*shape[:-3], shape[-2], shape[-3], value_dim), dtype=dtype).transpose(-3, -2)
+    return q.new_empty(shape, dtype=dtype)
 
 
 def _laid_out(result: Tensor, q: Tensor) -> Tensor:
@@ -196,7 +206,7 @@ def _prepare(arguments: Arguments, return_lse: bool, dense: bool) -> _Ready:
     starts_empty = idle or done.lowered.kernel["row"] is not None
     make = _maker(arguments, request, done.lowered.program) if done.needs_tables and not idle else None
     launch, read = None if idle else done.kernel.bind(), done.read if done.needs_tables else None
-    is_like_q = q.shape[-1] == arguments.v.shape[-1] and torch.empty_like(q).stride(-1) == 1
+    is_like_q = q.dtype != FLOAT8 and q.shape[-1] == arguments.v.shape[-1] and torch.empty_like(q).stride(-1) == 1
     scale = 1 / math.sqrt(q.shape[-1])
     return _Ready(done, launch, read, make, instead, starts_empty, is_like_q, _lse_shape(q), scale)
 
@@ -270,7 +280,7 @@ def request_of(arguments: Arguments, return_lse: bool = False, target: Target | 
     mode = "default" if offset is None else "tensor" if isinstance(offset, Tensor) else "scalar"
     bias = arguments.bias
     call = Call(
-        DTYPES[q.dtype], int(q.shape[-1]), int(v.shape[-1]), mode, arguments.kv_lengths is not None, return_lse,
+        arguments.dtype, int(q.shape[-1]), int(v.shape[-1]), mode, arguments.kv_lengths is not None, return_lse,
         arguments.cu_seqlens_q is not None, arguments.softcap is not None, arguments.sink_logits is not None,
         "none" if bias is None else "alibi" if bias.dim() == 2 else "key",
     )  # fmt: skip
@@ -312,7 +322,7 @@ def plan(
     make = _makers.get(key)
     if make is None:
         arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-        check(arguments)
+        check(arguments, plans=True)
         request = request_of(arguments)
         make = _maker(arguments, request, lowered(request).program)
         if len(_makers) >= _MANY_CALLS:
@@ -347,7 +357,7 @@ def _no_gradient(ctx: Any, *grads: Tensor) -> Any:
 def _autocast_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Any:
     """As scaled_dot_product_attention: under autocast it runs in the low-precision type."""
     kind = q.device.type
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = q.dtype if q.dtype == FLOAT8 else torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
         return torch.ops.spgen.attention(q.to(dtype), k.to(dtype), v.to(dtype), *rest)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from spgen.compile import Request, default_config, is_packed, level_1
 from spgen.ir.config import Config
+from spgen.ir.kernel import FLOAT8
 from spgen.ir.pattern import read_short, slots
 from spgen.passes.schedule import Call
 from spgen.passes.structure import structure, width
@@ -71,7 +72,8 @@ def request_for(pattern: str, call: Call, q_heads: int, kv_heads: int, target: T
     """What the kernel of a call is specialised for, its configuration included."""
     request = Request(pattern, call, q_heads, kv_heads, False, target)
     usual = default_config(request)
-    request = replace(request, packed=is_packed(pattern, q_heads, kv_heads, sizes.rows, usual.block_m))
+    if call.dtype != FLOAT8:  # whose kernels know no packed heads
+        request = replace(request, packed=is_packed(pattern, q_heads, kv_heads, sizes.rows, usual.block_m))
     config = config_of(request, sizes)
     return request if config == usual else replace(request, config=config)
 
@@ -90,7 +92,7 @@ def default_of(request: Request, sizes: Sizes, *, plain: bool = False) -> Config
     `plain`: of the form that serves every kernel.
     """
     config = default_config(request, sizes.rows, plain=plain)
-    splits = 1 if request.target.kind == "cpu" else _splits(request, sizes, config)
+    splits = 1 if request.target.kind == "cpu" or request.call.dtype == FLOAT8 else _splits(request, sizes, config)
     if splits > 1 and config.option("warpgroups"):  # that form splits no keys
         return default_of(request, sizes, plain=True)
     return config if splits == 1 else config.having(splits=splits)

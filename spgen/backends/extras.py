@@ -15,7 +15,8 @@ class Extras(NamedTuple):
 
     `cu_seqlens_q` and `cu_seqlens_k`: int32 or int64 [N + 1], contiguous. `softcap`: above 0. `sink_logits`: float32
     [Hq], contiguous. `bias`: float32, last stride 1, strides 0 where shared: "key" [B or 1, Hk, group, Lk] (1 and Tk in
-    a packed batch), "alibi" [B or 1, Hq] slopes.
+    a packed batch), "alibi" [B or 1, Hq] slopes. `scales` of float8 q, k and v: float32 [B, Hq, Lq], [B, Hk] and
+    [B, Hk], contiguous.
     """
 
     cu_seqlens_q: Tensor | None = None
@@ -23,6 +24,7 @@ class Extras(NamedTuple):
     softcap: float | None = None
     sink_logits: Tensor | None = None
     bias: Tensor | None = None
+    scales: Sequence[Tensor] = ()
 
 
 NO_EXTRAS = Extras()

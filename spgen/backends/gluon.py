@@ -21,7 +21,7 @@ from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, ren
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR, Variant
 from spgen.backends.triton_counters import counters
 from spgen.backends.triton_launch import Call, TensorMap, driver
-from spgen.errors import CompileError, SpgenError
+from spgen.errors import CompileError, SpgenError, float8_error
 from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import logger
@@ -29,6 +29,7 @@ from spgen.target import Target
 from spgen.templates.gluon import attention
 from spgen.templates.gluon.boxes import gathers
 from spgen.templates.triton.attention import Parameter
+from spgen.templates.triton.quantize import padded_keys
 
 _OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
 _TENSORS = ("q", "k", "v", "out")
@@ -68,11 +69,15 @@ class HopperKernel(AttentionKernel):
     def prepare(self, operands: Operands, aligned: bool) -> Call:
         """As AttentionKernel does; a launch of plain Triton's where it has to serve."""
         call = self._prepared(operands) if aligned else None
+        if call is None and attention.is_fp8(self.kernel):
+            raise float8_error(self.target.arch, "tensors that tensor maps cannot express")
         return call or self._instead().prepare(operands, aligned)
 
     def _prepared(self, operands: Operands) -> Call | None:
         q, k, v, out, _, tables, q_offset, kv_lengths, scale, extras = operands
         with self._lock:
+            if attention.is_fp8(self.kernel):
+                v = _turned(v)
             strides = strides_of(q, k, v, out)
             variant = Variant(
                 True, True, scale < 0, index_type(q_offset), index_type(kv_lengths), index_type(extras.cu_seqlens_q),
@@ -126,6 +131,13 @@ class HopperKernel(AttentionKernel):
         return [parameter for parameter in self._parameters if parameter.type != "constexpr"]
 
 
+def _turned(v: Tensor) -> Tensor:
+    """Values of float8 with keys innermost, whole groups of those whose order is their own."""
+    batch, heads, keys, channels = v.shape
+    step_b, step_h, _, step_d = v.stride()
+    return v.as_strided((batch, heads, channels, padded_keys(keys)), (step_b, step_h, step_d, 1))
+
+
 @lru_cache(maxsize=1)
 def _say_once(fault: str) -> None:
     logger().warning(
@@ -167,7 +179,8 @@ def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
 
 
 def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
-    dtype = TRITON_TYPES[kernel["dtype"]]
+    element = attention.element_of(kernel, parameter.name)
+    dtype = TRITON_TYPES[element]
     if parameter.type == "data":
         return f"*{dtype}"
     if parameter.type == "*index":
@@ -176,6 +189,8 @@ def _type(kernel: Op, parameter: Parameter, variant: Variant) -> str:
         return "i64" if parameter.type == "stride" else "i32"
     if parameter.type == "desc":
         rows, lanes = attention.box_of(kernel, parameter.name)
-        layout = f"NVMMASharedLayout(swizzle_byte_width={min(128, 2 * lanes)}, element_bitwidth=16, rank=4)"
+        size = ELEMENT_BYTES[element]
+        swizzle = min(128, size * lanes)
+        layout = f"NVMMASharedLayout(swizzle_byte_width={swizzle}, element_bitwidth={8 * size}, rank=4)"
         return f"tensordesc<{dtype}[1, 1, {rows}, {lanes}],{layout}>"
     return parameter.type

@@ -44,8 +44,8 @@ from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap, dr
 from spgen.backends.triton_schedule import default_config as default_config
 from spgen.backends.triton_schedule import refusal as refusal
 from spgen.backends.triton_schedule import specialised_config as specialised_config
-from spgen.errors import ShapeError, ToolchainError
-from spgen.ir.kernel import option, parts
+from spgen.errors import ShapeError, ToolchainError, float8_error
+from spgen.ir.kernel import FLOAT8, option, parts
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
@@ -82,6 +82,9 @@ def _form(kernel: Op, target: Target) -> AttentionKernel:
 
     if option(kernel, "splits", 1) > 1:
         return SplitKernel(kernel, target)
+    reason = refusal(kernel, target)
+    if kernel["dtype"] == FLOAT8 and (reason or not option(kernel, WARPGROUPS, 0)):
+        raise float8_error(target.arch, reason)
     kernel = served(kernel, target)
     return gluon.HopperKernel(kernel, target) if option(kernel, WARPGROUPS, 0) else AttentionKernel(kernel, target)
 
@@ -171,13 +174,14 @@ class AttentionKernel:
 
     def _tensor_maps(self, variant: Variant, tensors: Sequence[tuple[int, Tensor]]) -> list[TensorMap]:
         """Maps of tensors, each with where its pointer is among the changing arguments, in the kernel's order."""
-        item = ELEMENT_BYTES[self.dtype]
         maps = []
         for (source, tensor), box in zip(tensors, self.binary(variant).boxes, strict=True):
             # the step of an axis of one element is never taken, but must be legal
             strides = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
             strides[-1] = 1
-            maps.append(TensorMap(source, tensor.data_ptr(), self.dtype, item, tensor.shape, strides, box))
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            item = ELEMENT_BYTES[dtype]
+            maps.append(TensorMap(source, tensor.data_ptr(), dtype, item, tensor.shape, strides, box))
         return maps
 
     def usual_variants(self) -> list[Variant]:

@@ -55,6 +55,7 @@ class Launch:
                 changing.append(extras.sink_logits.data_ptr())
             if extras.bias is not None:
                 changing.append(extras.bias.data_ptr())
+            changing += [scales.data_ptr() for scales in extras.scales]
         call(changing)
 
 

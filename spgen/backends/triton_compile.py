@@ -20,8 +20,8 @@ from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.triton import attention
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1}
+TRITON_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float8_e4m3fn": "fp8e4nv"}
 _REGISTERS = 64 * 1024  # of a multiprocessor
 VECTOR = 16  # bytes that one load instruction moves
 _TENSOR_MAPS_FROM = 90  # sm_90 and later can bring tiles through tensor descriptors

@@ -11,13 +11,14 @@ The options of a kernel that this backend knows:
 | `tma` | 0: no tensor descriptors, even where the tensors allow them |
 | `splits` | programs that share the keys of a row tile, where row tiles are fewer than a device runs (default: 1) |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
+| `align` | tiles of keys that are walked in order begin at multiples of so many |
 | `warpgroups` | 1 or 2 that multiply, beside warps that bring tiles: the form of spgen/backends/gluon.py, on Hopper |
 """
 
 from __future__ import annotations
 
 from spgen.ir.config import Config
-from spgen.ir.kernel import option
+from spgen.ir.kernel import FLOAT8, option
 from spgen.ir.node import Op
 from spgen.settings import settings, triton_interpreted
 from spgen.target import Target
@@ -71,6 +72,9 @@ def specialised_config(
     if found is None or dtype == "float32" or not _is_hopper(target):
         return None
     block_m, block_n, warps, warpgroups, stages, registers = found
+    if dtype == FLOAT8:  # half the bytes, and sums of products beside each product
+        options = (f"warps={warps}", f"warpgroups={warpgroups}", f"stages={2 * stages}", "align=16")
+        return Config(block_m, block_n, options)
     if (rows is not None and rows < _LEAST_ROWS) or (height is not None and height <= _LOW_HEIGHTS[-1]):
         return None
     options = (f"warps={warps}", f"warpgroups={warpgroups}", f"stages={stages}", f"registers={registers}")

@@ -110,7 +110,7 @@ class AttentionKernel:
         if self._pass_lse:
             arguments.append(lse)
         arguments += tables
-        cu_q, cu_k, softcap, sinks, bias = extras
+        cu_q, cu_k, softcap, sinks, bias, _ = extras
         if cu_q is not None:
             arguments += (_int32(cu_q), _int32(cu_k))
         if self._pass_offset:

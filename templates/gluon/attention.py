@@ -26,7 +26,7 @@ from spgen.ir.expr import (
     var,
     walk,
 )
-from spgen.ir.kernel import COLUMN_VARIABLES, PROGRAM_VARIABLES, option, parts
+from spgen.ir.kernel import COLUMN_VARIABLES, FLOAT8, PROGRAM_VARIABLES, option, parts
 from spgen.ir.node import Op
 from spgen.templates.gluon.bits import WORD, Bits, bits_of, conjunction, solved
 from spgen.templates.gluon.boxes import LEAST_BOX, box_rows, gathers, load_of, run_of
@@ -49,6 +49,7 @@ from spgen.templates.triton.attention import (
 )
 from spgen.templates.triton.expressions import DEAL, Printed
 from spgen.templates.triton.masks import Places
+from spgen.templates.triton.quantize import KEYS
 
 ENTRY = "attention"
 WARPGROUPS = "warpgroups"  # the option by which a schedule asks for this form: 1 or 2 warpgroups that multiply
@@ -62,6 +63,11 @@ VECTOR = 8  # channels, of which tensor maps take multiples
 LANES = (64, 256)  # that hold channels: whole rows of 128 bytes at least, and accumulators that fit the registers
 _FEW_LANES = 128  # up to which rows are brought one by one
 _TENSORS = ("q", "k", "v", "out")
+ALIGN = "align"  # the option by which tiles begin at multiples of so many keys, where keys are walked in order
+RESULT = "bfloat16"  # what becomes of float8
+ELEMENTS = {FLOAT8: "float8e4nv"}  # Triton's names, where they differ
+SCALES = ("q_scales", "k_scales", "v_scales")
+_FLOAT8_LANES = 128  # of float8: channels whose sums of all steps and products of one fit the registers
 _BOUNDS = ("start", "full_start", "full_stop", "stop")
 _ALWAYS = ("alive", "buffer", "b", "hk", "h", "tile", "kv_len", "q_offset")
 _PACKED = ("sequence", "q_start", "q_len", "k_start")
@@ -123,6 +129,8 @@ def refusal(kernel: Op) -> str | None:
         return "calls of few rows"
     if kernel["row"] is not None:
         return "permuted rows"
+    if is_fp8(kernel) and _refused_of_fp8(kernel):
+        return _refused_of_fp8(kernel)
     segments = parts(kernel, "segment")
     if not segments:
         return "no keys"
@@ -133,6 +141,37 @@ def refusal(kernel: Op) -> str | None:
     if reads_per_pair(kernel):
         return "masks that read tables pair by pair"
     return None
+
+
+def is_fp8(kernel: Op) -> bool:
+    """Whether q, k and v are float8 with scales."""
+    return bool(kernel["dtype"] == FLOAT8)
+
+
+def _refused_of_fp8(kernel: Op) -> str | None:
+    """Why kernels of float8 cannot be expressed, of what other types can; None if they can."""
+    if kernel["cu_seqlens"]:
+        return "packed batches of float8"
+    if kernel["bias"] != "none":
+        return "a bias on scores of float8"
+    if kernel["head_dim"] % KEYS or kernel["value_dim"] % KEYS:
+        return "rows of float8 that do not begin at multiples of 16 bytes"
+    if max(kernel["head_dim"], kernel["value_dim"]) > _FLOAT8_LANES:
+        return f"more than {_FLOAT8_LANES} channels of float8"
+    if not all(_begins_aligned(kernel, op) for op in parts(kernel, "segment")):
+        return f"tiles of float8 that do not begin at multiples of {KEYS} keys, all of them following each other"
+    if marks(kernel):
+        return "masks of float8 that read tables"
+    return None
+
+
+def _begins_aligned(kernel: Op, segment: Op) -> bool:
+    """Whether a segment's tiles are keys that follow each other from a multiple of 16 on."""
+    if run_of(segment, kernel["block_n"]) < kernel["block_n"]:
+        return False
+    if segment["column"] is var("p"):
+        return option(kernel, ALIGN, 1) % KEYS == 0
+    return load_of(segment["column"]) is not None
 
 
 def registers(kernel: Op) -> dict[str, int]:
@@ -202,11 +241,15 @@ def _split(channels: int, most: int) -> tuple[Part, ...]:
 
 def head_parts(kernel: Op) -> tuple[Part, ...]:
     """What holds the channels of q and k."""
+    if is_fp8(kernel):
+        return (Part(0, max(padded(kernel["head_dim"]), LANES[0])),)
     return _split(kernel["head_dim"], LANES[-1])
 
 
 def value_parts(kernel: Op) -> tuple[Part, ...]:
     """What holds the channels of v and of the results; a product has no more lanes than registers on entry."""
+    if is_fp8(kernel):
+        return (Part(0, max(padded(kernel["value_dim"]), LANES[0])),)
     return _split(kernel["value_dim"], LANES[-1] // programs(kernel))
 
 
@@ -221,6 +264,8 @@ def q_buffers(kernel: Op) -> int:
 
 
 def _fits(kernel: Op, *, buffers: int, results: bool) -> bool:
+    if is_fp8(kernel):  # by its schedule
+        return True
     head, value, stages = lanes(kernel["head_dim"]), lanes(kernel["value_dim"]), option(kernel, "stages", 2)
     halves = kernel["block_m"] * (buffers * head + results * value) + stages * kernel["block_n"] * (head + value)
     words = stages * kernel["block_n"] * (gathers(kernel) + (kernel["bias"] == "key"))
@@ -236,9 +281,15 @@ def descriptors(kernel: Op) -> Iterator[tuple[str, str, Part]]:
 
 
 def box_of(kernel: Op, name: str) -> tuple[int, int]:
-    """Rows and lanes that a descriptor brings, or takes away, at once."""
+    """Rows and lanes that a descriptor brings, or takes away, at once; of float8 values, channels and keys."""
     tensor, part = next((tensor, part) for known, tensor, part in descriptors(kernel) if known == name)
-    return box_rows(kernel) if tensor in "kv" else ROWS, part.lanes
+    found = box_rows(kernel) if tensor in "kv" else ROWS, part.lanes
+    return found[::-1] if is_fp8(kernel) and tensor == "v" else found
+
+
+def element_of(kernel: Op, name: str) -> str:
+    """The element type behind a data argument or a descriptor."""
+    return str(RESULT if is_fp8(kernel) and name.startswith("out") else kernel["dtype"])
 
 
 def parameters(kernel: Op) -> tuple[Parameter, ...]:
@@ -254,6 +305,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     yield from call_parameters(kernel)
     yield "scale", "fp32"
     yield from score_parameters(kernel)
+    if is_fp8(kernel):
+        yield from ((name, "*fp32") for name in SCALES)
     yield "tickets", "*i32"
     yield from ((size, "i32") for size in ("q_len", "k_len", "n_key_heads", "group"))
     if gathers(kernel):
@@ -287,7 +340,10 @@ def symbols(kernel: Op) -> dict[str, Any]:
     return {
         "text": str(kernel).rstrip("\n").split("\n"),
         "parameters": parameters(kernel),
-        "element": kernel["dtype"],
+        "element": ELEMENTS.get(kernel["dtype"], kernel["dtype"]),
+        "element_bytes": 1 if is_fp8(kernel) else 2,
+        "fp8": is_fp8(kernel),
+        "result_element": RESULT,
         "head_parts": head_parts(kernel),
         "value_parts": value_parts(kernel),
         "q_buffers": q_buffers(kernel),
