@@ -37,6 +37,7 @@ class Lengths:
     block_m: int = 16
     block_n: int = 16
     pack: bool = False
+    align: int = 1
 
     @property
     def rows(self) -> int:
@@ -56,7 +57,7 @@ def lowered_builder(pattern: Pattern, call: Lengths) -> tuple[Lowered, Builder]:
     fixed = Call("float32", 1, 1, mode, call.kv_lengths is not None, cu_seqlens=call.cu_q is not None)
     target = Target("cpu", "test", "generic")
     request = Request(repr(pattern), fixed, call.q_heads, call.kv_heads, call.pack, target)
-    levels = lower(request, Config(call.block_m, call.block_n))
+    levels = lower(request, Config(call.block_m, call.block_n, (f"align={call.align}",)))
     sequences = Sequences(
         call.batch, call.rows, call.keys, torch.device("cpu"), offset, call.kv_lengths, call.cu_q, call.cu_k
     )

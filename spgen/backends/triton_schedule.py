@@ -65,6 +65,8 @@ def specialised_config(
 ) -> Config | None:
     """A configuration for Hopper's own form, None where there is none; arguments as those of `default_config`."""
     wanted = lanes(head_dim) + lanes(value_dim)
+    if dtype == FLOAT8:  # lanes are a power of two
+        wanted = sum(max(padded(channels), lanes(1)) for channels in (head_dim, value_dim))
     if lanes(value_dim) > _MANY_VALUES:
         wanted = max(wanted, 2 * _MANY_VALUES)
     table = _SPECIALISED if rows is None or rows >= _SPECIALISED[0][1] else _SPECIALISED_SHORT

@@ -51,6 +51,12 @@ def _may_pack(draw: st.DrawFn, pattern: Pattern, call: Lengths) -> bool:
     return draw(st.booleans()) and call.q_heads != call.kv_heads and not matters
 
 
+@given(cases(), st.sampled_from([4, 16]))
+def test_where_tiles_begin_at_multiples_the_same_pairs_are_wanted(case: tuple[Pattern, Lengths], align: int) -> None:
+    pattern, call = case
+    assert torch.equal(lowered_pairs(pattern, replace(call, align=align)), wanted_pairs(pattern, call))
+
+
 @given(cases())
 def test_lowered_pairs_are_the_oracles(case: tuple[Pattern, Lengths]) -> None:
     pattern, call = case
