@@ -109,6 +109,7 @@ COMPILED: dict[str, tuple[str, dict[str, Any], int]] = {
     "float8, 64 and 48 channels": (
         "causal() & (sink(7) | window(99))", {"dtype": FLOAT8, "head_dim": 64, "value_dim": 48, "kv_lengths": True}, 2,
     ),
+    "float8, 96 and 80 channels": ("causal()", {"dtype": FLOAT8, "head_dim": 96, "value_dim": 80}, 2),
     "float8, blocks of 128": (BLOCKS.format(128), {"dtype": FLOAT8, "softcap": True, "sinks": True}, 2),
     "float8, blocks of 64": (BLOCKS.format(64), {"dtype": FLOAT8}, 1),
     "options of scores": (
