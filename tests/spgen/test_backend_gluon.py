@@ -15,7 +15,7 @@ from spgen.arguments import Arguments
 from spgen.autotune.work import occupancy
 from spgen.backends import gluon, triton
 from spgen.backends import triton_launch as launch
-from spgen.backends.extras import Operands
+from spgen.backends.extras import Extras, Operands
 from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_compile import Variant
 from spgen.backends.triton_resources import resources
@@ -359,6 +359,33 @@ def test_calls_that_no_tensor_map_expresses_are_remembered(
     plain = kernel._instead()
     assert plain.kernel == gluon.portable(kernel.kernel)
     assert kernel._instead() is plain
+
+
+def test_float8_comes_with_scales_and_maps_of_turned_values(
+    driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps: list[tuple[str, list[int], list[int]]] = []
+    driver.launch = None
+    driver.encode = lambda _, at, dtype, shape, steps, box: maps.append((dtype, list(shape), list(steps))) or True
+    kernel = gluon.HopperKernel(kernel_of("causal()", dtype=FLOAT8, lse=True), H200)
+    kinds = ["map" if p.type == "desc" else "fixed" if p.name in kernel._fixed else "changing"
+             for p in kernel._arguments(Variant(aligned=True, tma=True))]  # fmt: skip
+    function = launch.Function(1, 0, 384, 0, kinds, 0)
+    monkeypatch.setattr(kernel, "_function", lambda variant, device: function)
+    q, k = torch.zeros(1, 8, 200, 128).to(torch.float8_e4m3fn), torch.zeros(1, 2, 300, 128).to(torch.float8_e4m3fn)
+    v = torch.zeros(1, 2, 128, 304).to(torch.float8_e4m3fn).transpose(-1, -2)[:, :, :300]
+    scales = [torch.ones(1, 8, 200), torch.ones(1, 2), torch.ones(1, 2)]
+    out, lse = torch.zeros(1, 8, 200, 128, dtype=torch.bfloat16), torch.zeros(1, 8, 200)
+    operands = Operands(q, k, v, out, lse, (), None, None, 0.1, Extras(scales=scales))
+    assert kernel._prepared(operands) is not None
+    assert [name for name, _, _ in maps] == ["float8_e4m3fn"] * 3 + ["bfloat16"]
+    assert maps[2][1:] == ([1, 2, 128, 304], [16, 128 * 304, 304, 1])
+    assert maps[3][1:] == ([1, 8, 200, 128], [32, 2 * 200 * 128, 256, 2])
+    launched: list[list[int]] = []
+    monkeypatch.setattr(kernel, "prepare", lambda operands, aligned: launched.append)
+    kernel.bind()(*operands)
+    assert launched[0][-3:] == [one.data_ptr() for one in scales]
+    assert len(launched[0]) + 1 == kinds.count("changing")  # and the counter
 
 
 def test_an_old_driver_compiles_nothing(driver: SimpleNamespace) -> None:
