@@ -26,12 +26,12 @@ from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import logger
 from spgen.target import Target
-from spgen.templates.gluon import attention
+from spgen.templates.gluon import attention, resources
 from spgen.templates.gluon.boxes import gathers
 from spgen.templates.triton.attention import Parameter
 from spgen.templates.triton.quantize import padded_keys
 
-_OWN_OPTIONS = (attention.WARPGROUPS, "warps", "stages", "registers")
+_OWN_OPTIONS = (resources.WARPGROUPS, "warps", "stages", "registers")
 _TENSORS = ("q", "k", "v", "out")
 _FIXED = ("i32", "i64", "stride", "step")
 
@@ -50,7 +50,7 @@ class HopperKernel(AttentionKernel):
         super().__init__(kernel, target)
         self._parameters = attention.parameters(kernel)
         self._fixed = [p.name for p in self._parameters if p.type in _FIXED and p.name != "q_offset"]
-        self._staged = attention.is_staged(kernel)
+        self._staged = resources.is_staged(kernel)
         self._plain: AttentionKernel | None = None
         self._compiles = True
 
@@ -69,14 +69,14 @@ class HopperKernel(AttentionKernel):
     def prepare(self, operands: Operands, aligned: bool) -> Call:
         """As AttentionKernel does; a launch of plain Triton's where it has to serve."""
         call = self._prepared(operands) if aligned else None
-        if call is None and attention.is_fp8(self.kernel):
+        if call is None and resources.is_fp8(self.kernel):
             raise float8_error(self.target.arch, "tensors that tensor maps cannot express")
         return call or self._instead().prepare(operands, aligned)
 
     def _prepared(self, operands: Operands) -> Call | None:
         q, k, v, out, _, tables, q_offset, kv_lengths, scale, extras = operands
         with self._lock:
-            if attention.is_fp8(self.kernel):
+            if resources.is_fp8(self.kernel):
                 v = _turned(v)
             strides = strides_of(q, k, v, out)
             variant = Variant(
@@ -97,7 +97,7 @@ class HopperKernel(AttentionKernel):
             packed = lengths[4:] if self.kernel["cu_seqlens"] else [] if self._staged else strides[-4:-3]
             steps = strides[-3:-1] if self.kernel["cu_seqlens"] or not self._staged else []
             sizes = [*lengths[:4], *rows, *packed, *steps, tiles]
-            grid = min(tiles, self.target.cores * attention.programs(self.kernel))
+            grid = min(tiles, self.target.cores * resources.programs(self.kernel))
             function = self._function(variant, q.get_device())
             return Call(
                 function, grid, [*table_sizes(tables), *bias_steps(extras), *sizes], maps, counters(function.device).of
@@ -173,8 +173,8 @@ def specialised(kernel: Op, source: Path, variant: Variant) -> Specialised:
     types = {parameter.name: _type(kernel, parameter, variant) for parameter in attention.parameters(kernel)}
     divisors = dict.fromkeys(("q", "k", "v", "out"), VECTOR)
     divisors |= {p.name: VECTOR // 2 for p in attention.parameters(kernel) if p.type in ("stride", "step")}
-    shared = attention.programs(kernel) > 1
-    cap = attention.REGISTERS // attention.programs(kernel) // attention.threads(kernel) if shared else 0
+    shared = resources.programs(kernel) > 1
+    cap = resources.REGISTERS // resources.programs(kernel) // resources.threads(kernel) if shared else 0
     return Specialised(source, attention.ENTRY, types, {"NEGATIVE": variant.negative}, divisors, 4, 1, cap)
 
 

@@ -49,7 +49,7 @@ from spgen.ir.kernel import FLOAT8, option, parts
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon.attention import WARPGROUPS
+from spgen.templates.gluon.resources import WARPGROUPS
 from spgen.templates.triton.attention import Parameter, check, parameters
 from spgen.templates.triton.attention import partial as partial_kernel
 from spgen.templates.triton.combine import Combination

@@ -23,7 +23,7 @@ from spgen.ir.node import Op
 from spgen.settings import settings, triton_interpreted
 from spgen.target import Target
 from spgen.templates.gluon import attention
-from spgen.templates.gluon.attention import WARPGROUPS, lanes
+from spgen.templates.gluon.resources import WARPGROUPS, lanes
 from spgen.templates.triton.attention import padded
 
 _MUCH = 160 * 1024  # bytes of shared memory a block may have on sm_80, sm_90 and sm_100; elsewhere 99 KB or less

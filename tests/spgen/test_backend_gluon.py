@@ -30,7 +30,7 @@ from spgen.passes.schedule import Call
 from spgen.patterns import pattern
 from spgen.precompile import compile_text, resources_of
 from spgen.target import Target
-from spgen.templates.gluon import attention
+from spgen.templates.gluon.resources import threads
 from spgen.tuned import Sizes, default_of, request_for
 from tests.kernel_cases import causal
 from tests.sass import undefined_descriptors
@@ -128,7 +128,7 @@ def test_compiles_ahead_of_time(name: str) -> None:
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
         assert instruction in built.asm["ptx"]
     taken = resources(built, H200)
-    assert built.metadata.num_warps == attention.threads(kernel) // 32
+    assert built.metadata.num_warps == threads(kernel) // 32
     assert taken.shared <= H200.smem_bytes
     config = default_config(request(text, **attrs))
     assert occupancy(config, H200, taken) == 2 // groups

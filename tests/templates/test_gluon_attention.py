@@ -10,7 +10,7 @@ import pytest
 
 from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
-from spgen.templates.gluon import attention
+from spgen.templates.gluon import attention, resources
 from spgen.templates.render import render
 from tests.kernel_cases import CASES, MORE_CASES, causal, let, program, segment, table
 
@@ -141,10 +141,10 @@ def test_a_list_of_narrow_blocks_has_several_boxes_to_a_tile() -> None:
 )
 def test_channels_lie_in_powers_of_two_of_lanes(channels: int, held: list[int]) -> None:
     kernel = case("causal", head_dim=channels, value_dim=channels)
-    for parts in (attention.head_parts(kernel), attention.value_parts(kernel)):
+    for parts in (resources.head_parts(kernel), resources.value_parts(kernel)):
         assert [part.lanes for part in parts] == held
         assert [part.start for part in parts] == [0, *held[:-1]]
-    assert attention.lanes(channels) == sum(held)
+    assert resources.lanes(channels) == sum(held)
     for name, tensor, part in attention.descriptors(kernel):
         assert attention.box_of(kernel, name) == (128 if tensor in "kv" else 64, part.lanes)
     text = source(kernel)
@@ -153,7 +153,7 @@ def test_channels_lie_in_powers_of_two_of_lanes(channels: int, held: list[int]) 
 
 
 def test_no_product_has_more_lanes_than_registers_on_entry() -> None:
-    assert [part.lanes for part in attention.value_parts(case("causal", "one warpgroup", value_dim=256))] == [128, 128]
+    assert [part.lanes for part in resources.value_parts(case("causal", "one warpgroup", value_dim=256))] == [128, 128]
 
 
 def test_a_bias_of_keys_comes_with_their_tiles() -> None:
@@ -173,9 +173,9 @@ def test_slopes_come_with_row_tiles() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_row_tiles_of_q_need_room(form: str) -> None:
-    assert attention.is_staged(case("causal", form, head_dim=128, value_dim=128))
+    assert resources.is_staged(case("causal", form, head_dim=128, value_dim=128))
     biased = case("shared_bias", form, head_dim=128, value_dim=128)
-    assert attention.is_staged(biased) == (form == "two warpgroups")
+    assert resources.is_staged(biased) == (form == "two warpgroups")
 
 
 def test_results_of_wide_heads_go_straight_to_memory() -> None:
@@ -233,8 +233,8 @@ def test_narrow_lists_come_row_by_row() -> None:
 
 def test_two_programs_that_bring_rows_leave_no_room_for_results() -> None:
     taller, short = (case("gathered_columns", form, head_dim=128, value_dim=128) for form in FORMS)
-    assert attention.is_staged(taller)
-    assert not attention.is_staged(short)
+    assert resources.is_staged(taller)
+    assert not resources.is_staged(short)
     assert "out_s" not in source(short)
 
 
@@ -257,11 +257,11 @@ def test_registers_are_those_of_a_multiprocessor(warpgroups: int) -> None:
     kernel = asking(causal(64 * warpgroups, 64).kernel, form)
     for options in (kernel["options"], (f"warpgroups={warpgroups}",)):
         chosen = asking(kernel, options=options)
-        shared = attention.registers(chosen)
+        shared = resources.registers(chosen)
         assert all(count % 8 == 0 for count in shared.values())
         assert min(shared.values()) >= 24  # what setmaxnreg takes at least
         taken = 128 * (warpgroups * shared["multiply"] + shared["bring"])
-        assert taken * attention.programs(chosen) <= attention.REGISTERS
+        assert taken * resources.programs(chosen) <= resources.REGISTERS
 
 
 @pytest.mark.parametrize("warpgroups", [1, 2])
@@ -272,7 +272,7 @@ def test_keys_that_lie_apart_are_brought_one_by_one(warpgroups: int) -> None:
     text = source(kernel)
     assert text.count("async_copy.async_copy_global_to_shared(") == 1
     assert "def gather(" in text
-    shared = attention.registers(kernel)
+    shared = resources.registers(kernel)
     producers = shared["bring"] if warpgroups == 2 else 0  # two warps bring them beside one warpgroup
     taken = 128 * (warpgroups * shared["multiply"] + producers + shared["schedule"])
-    assert taken * attention.programs(kernel) <= attention.REGISTERS
+    assert taken * resources.programs(kernel) <= resources.REGISTERS

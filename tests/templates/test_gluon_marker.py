@@ -12,7 +12,7 @@ import torch
 
 import spgen as sp
 from spgen.ir.kernel import KERNEL, parts
-from spgen.templates.gluon import attention
+from spgen.templates.gluon import attention, segments
 from spgen.templates.render import render
 from tests.lowering import Lengths, lowered_builder, wanted_pairs
 
@@ -119,7 +119,7 @@ def tiles_of(pattern: sp.Pattern, call: Lengths) -> list[tuple[int, int, int, li
     changed = {"dtype": "bfloat16", "head_dim": 128, "value_dim": 128, "options": ("warpgroups=1", "stages=2")}
     kernel = KERNEL.make("attention", *levels.kernel.operands, **{**dict(levels.kernel.attrs), **changed})
     assert attention.refusal(kernel) is None
-    assert attention.marks(kernel)
+    assert segments.marks(kernel)
     text = render("gluon/attention.py.jinja", **attention.symbols(kernel))
     text = re.sub(
         r"^(from|import) .*?(?:\(\n.*?^\)|$)", "", text.partition('"""\n\n')[2], flags=re.MULTILINE | re.DOTALL
