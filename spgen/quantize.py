@@ -31,7 +31,8 @@ def quantize(
     float16, any strides. Each row of q and each head of k and v is scaled so that its largest magnitude becomes 448,
     e4m3's largest; then values round to four significant bits (Micikevicius et al. 2022). Since e4m3 is a
     floating-point type, values down to 2^-15 of that largest keep their relative precision. With `kv_lengths` (integers
-    [B] on the device) what lies beyond a length is not read, and becomes 0.
+    [B] on the device) what lies beyond a length is not read, and becomes 0: say them here, too, where attention is told
+    lengths and the memory beyond may hold NaN.
 
     Raises ShapeError, DtypeError, DeviceError or UnsupportedError, naming the argument.
     """
@@ -42,6 +43,7 @@ def quantize(
 
 def _quantize(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None) -> list[Tensor]:
     _check(q, k, v, kv_lengths)
+    kv_lengths = None if kv_lengths is None else kv_lengths.contiguous()
     results = _results(q, k, v, kv_lengths)
     one = Quantization(DTYPES[q.dtype], q.shape[-1], v.shape[-1], kv_lengths is not None)
     if 0 in k.shape[:3]:
