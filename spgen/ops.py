@@ -81,11 +81,7 @@ def attention(
 
     Float8 comes with the `scales` of q, k and v (see spgen/float8.py), and v with keys innermost.
     """
-    if q_offset is not None:
-        q_offset = q_offset.contiguous()
-    if kv_lengths is not None:
-        kv_lengths = kv_lengths.contiguous()
-    offset: Offset = q_offset if q_start is None else q_start
+    offset, kv_lengths = _places(q_offset, q_start, kv_lengths)
     plain = (
         cu_seqlens_q is None and cu_seqlens_k is None and sink_logits is None and bias is None and softcap is None
         and not scales
@@ -139,6 +135,14 @@ def attention(
         views = [as_batch(x) for x in (q, k, v, out)]
         ready.launch(*views, None if lse is None else lse[None], tables, offset, kv_lengths, scale, extras)
     return out, lse
+
+
+def _places(
+    q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None
+) -> tuple[Offset, Tensor | None]:  # fmt: skip
+    """One offset of the operator's two, and lengths, as kernels read them: one number behind the other."""
+    offset: Offset = q_offset.contiguous() if q_offset is not None and q_start is None else q_start
+    return offset, None if kv_lengths is None else kv_lengths.contiguous()
 
 
 def _operator(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -306,11 +310,7 @@ def plan(
     kv_lengths: Tensor | None,
 ) -> list[Tensor]:
     """The tables of a plan; arguments are those of the operator's schema."""
-    if q_offset is not None:
-        q_offset = q_offset.contiguous()
-    if kv_lengths is not None:
-        kv_lengths = kv_lengths.contiguous()
-    offset: Offset = q_offset if q_start is None else q_start
+    offset, kv_lengths = _places(q_offset, q_start, kv_lengths)
     key = (
         pattern, q.shape, k.shape, q.dtype, k.dtype, q.device, k.device, settings().no_compile,
         None if offset is None else int if isinstance(offset, int) else offset.dtype,
@@ -321,8 +321,7 @@ def plan(
     )  # fmt: skip
     make = _makers.get(key)
     if make is None:
-        arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-        check(arguments, plans=True)
+        arguments = _of_plan(q, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
         request = request_of(arguments)
         make = _maker(arguments, request, lowered(request).program)
         if len(_makers) >= _MANY_CALLS:
@@ -338,12 +337,23 @@ def _fake_attention(
     return _like(q, v.shape[-1]), q.new_empty(_lse_shape(q) if return_lse else (0,), dtype=torch.float32)
 
 
-def _fake_plan(*call: Any) -> list[Tensor]:
-    # Ordinary tensor operations, which know their shapes, make the same tables as kernels.
-    q, k, data, pattern, cu_seqlens_q, cu_seqlens_k, q_offset, q_start, kv_lengths = call
-    offset: Offset = q_offset if q_start is None else q_start
+def _of_plan(
+    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, offset: Offset, kv_lengths: Tensor | None,
+) -> Arguments:  # fmt: skip
+    """The checked arguments of a plan, as those of a call."""
     arguments = Arguments(q, k, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
-    check(arguments)
+    check(arguments, plans=True)
+    return arguments
+
+
+def _fake_plan(
+    q: Tensor, k: Tensor, data: Sequence[Tensor], pattern: str, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, q_offset: Tensor | None, q_start: int | None, kv_lengths: Tensor | None,
+) -> list[Tensor]:  # fmt: skip
+    # Ordinary tensor operations, which know their shapes, make the same tables as kernels.
+    offset: Offset = q_offset if q_start is None else q_start
+    arguments = _of_plan(q, k, data, pattern, cu_seqlens_q, cu_seqlens_k, offset, kv_lengths)
     request = request_of(arguments)
     return _builder(arguments, request).build(lowered(request).program)
 

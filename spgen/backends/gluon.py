@@ -70,7 +70,8 @@ class HopperKernel(AttentionKernel):
         """As AttentionKernel does; a launch of plain Triton's where it has to serve."""
         call = self._prepared(operands) if aligned else None
         if call is None and resources.is_fp8(self.kernel):
-            raise float8_error(self.target.arch, "tensors that tensor maps cannot express")
+            fault = "tensors that tensor maps cannot express" if self._compiles else "Gluon does not compile it here"
+            raise float8_error(self.target.arch, fault)
         return call or self._instead().prepare(operands, aligned)
 
     def _prepared(self, operands: Operands) -> Call | None:

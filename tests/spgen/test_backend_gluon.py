@@ -20,7 +20,7 @@ from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_compile import Variant
 from spgen.backends.triton_resources import resources
 from spgen.compile import Request, default_config, lower, why_plain
-from spgen.errors import CompileError
+from spgen.errors import CompileError, UnsupportedError
 from spgen.explain import _explained, explain_text
 from spgen.ir.config import Config
 from spgen.ir.kernel import FLOAT8, KERNEL, option
@@ -410,6 +410,24 @@ def test_a_compiler_that_fails_is_asked_once(
     assert [prepared(kernel, rows) for rows in (100, 200, 300)] == [None] * 3
     assert len(asked) == 1
     assert sum("plain Triton serves" in record.message for record in caplog.records) == 1
+
+
+def test_nothing_serves_float8_in_its_place(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = (torch.zeros(1, heads, 200, 128).to(torch.float8_e4m3fn) for heads in (8, 2))
+    v = torch.zeros(1, 2, 128, 208).to(torch.float8_e4m3fn).transpose(-1, -2)[:, :, :200]
+    scales = [torch.ones(1, 8, 200), torch.ones(1, 2), torch.ones(1, 2)]
+    out = torch.zeros(1, 8, 200, 128, dtype=torch.bfloat16)
+    operands = Operands(q, k, v, out, None, (), None, None, 0.1, Extras(scales=scales))
+    kernel = gluon.HopperKernel(kernel_of("causal()", dtype=FLOAT8), H200)
+    with pytest.raises(UnsupportedError, match="tensor maps cannot express"):
+        kernel.prepare(operands, aligned=False)
+
+    def broken(*_: object) -> None:
+        raise AttributeError("module has no attribute warp_specialize")
+
+    monkeypatch.setattr(gluon, "binary", broken)
+    with pytest.raises(UnsupportedError, match="Gluon does not compile"):
+        kernel.prepare(operands, aligned=True)
 
 
 def test_faults_that_users_must_see_are_not_hidden(driver: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
