@@ -72,7 +72,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, kv_lengths: Tensor | None) -> None:
                 remedy="pad with zeros, or use bfloat16",
             )  # fmt: skip
     if q.device.type == "cpu" and not triton_interpreted():
-        raise DeviceError("q", given="cpu", allowed="a Hopper GPU: float8 attention runs there alone")
+        raise DeviceError(
+            "q", given="cpu", allowed="a Hopper GPU: float8 attention runs there alone",
+            remedy="pass q, k and v to attend as they are",
+        )  # fmt: skip
     if kv_lengths is not None:
         check_integers("kv_lengths", kv_lengths, q)
         if tuple(kv_lengths.shape) != (q.shape[0],):
