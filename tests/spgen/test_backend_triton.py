@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from spgen.settings import override
 from spgen.target import Target
+from tests.interpreted import run_interpreted
 from tests.kernel_cases import CASES, MORE_CASES, causal, program, segment
 
 CPU = Target.of("cpu")
@@ -29,13 +27,7 @@ def with_attributes(kernel: Op, **attrs: object) -> Op:
 
 
 def test_agrees_with_the_oracle_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("test_backend_triton_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
+    run_interpreted("test_backend_triton_interpreted.py")
 
 
 def test_the_interpreter_cannot_be_chosen_late(monkeypatch: pytest.MonkeyPatch) -> None:

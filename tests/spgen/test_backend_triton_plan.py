@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from spgen.tables import Builder
 from spgen.target import Target
 from spgen.templates.triton import plan
 from spgen.templates.triton.plan import COLLECT, ENTRIES, SPLIT, Planning
+from tests.interpreted import run_interpreted
 from tests.kinds import KINDS, LENGTH
 from tests.lowering import Lengths, lowered_builder
 from tests.plans import packed_lengths
@@ -28,13 +25,7 @@ CALL = Lengths(LENGTH, LENGTH, 4, 2, block_m=128, block_n=64)
 
 
 def test_agrees_with_tensor_operations_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("test_backend_triton_plan_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
+    run_interpreted("test_backend_triton_plan_interpreted.py")
 
 
 PACKED = packed_lengths(q_offset=torch.zeros(5, dtype=torch.int64), block_m=128, block_n=64)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +14,14 @@ from spgen.backends.triton_quantize import quantizer
 from spgen.ops import request_of
 from spgen.target import Target
 from spgen.templates.triton.quantize import ENTRIES, KEYS, Quantization, key_at, padded_keys
+from tests.interpreted import run_interpreted
 
 FLOAT8 = torch.float8_e4m3fn
 H200 = Target.of("h200")
 
 
 def test_quantisation_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("test_float8_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
-    assert "skipped" not in result.stdout
+    run_interpreted("test_float8_interpreted.py")
 
 
 def float8(heads: int, length: int, dim: int, scales: tuple[int, ...]) -> sp.Float8:
