@@ -125,7 +125,7 @@ NARROW = {
     "32 keys for 64 rows": lambda: sp.block(64, 32, indices=torch.randint(-2, 33, (1, 2, 16, 9), device="cuda")),
     "blocks of 32": lambda: sp.causal() & sp.block(32, mask=torch.rand(4, 32, 32, device="cuda") < 0.3),
     "columns": lambda: sp.causal() & sp.columns(numbers(1000, 4, 300)),
-    "columns for all rows": lambda: sp.columns(numbers(1000, 2, 4, 130)),
+    "columns for all rows": lambda: sp.columns(numbers(1000, 4, 130)),
     "late columns": lambda: sp.causal() & sp.columns(numbers(500, 4, 100) + 500),  # most rows have none
     "vertical and slash": lambda: sp.causal() & sp.vertical_slash(numbers(1000, 4, 200), offsets()),
     "diagonals": lambda: sp.causal() & sp.diagonals(offsets()),
