@@ -1,5 +1,7 @@
 """Level 3, KERNEL: one loop over segments with its schedule attached; the templates print it and decide nothing.
 
+`attention` follows; `linear` and `sampled`, products with sparse weights, stand at the end.
+
 A kernel program owns one row tile of one query head (or of a packed group of heads) and visits its segments in order.
 A segment is a run of *positions* `[start, stop)`. Position `p` stands for the column `column(p)` and the key
 `key(column)`. Tiles of `block_n` positions inside `[full_start, full_stop)` hold only wanted pairs and run without a
@@ -29,6 +31,16 @@ cu_q[b] ... cu_q[b + 1] - 1, likewise its keys. All variables are local to the s
 slots: with R = block_m // pack, tile `tile` of sequence `b` is slot q_start // R + b + 1 + tile, and there are
 T // R + N + 2 of them. What lies before cu_q[0] is sequence -1, what lies behind cu_q[N] sequence N; neither has keys.
 Boundaries are clamped to 0 ... T before use.
+
+A `linear` kernel computes y [M, N] from x [M, K] and weights [N, K] of which some are stored (spgen/weights/storage.py
+says how each storage lies in memory):
+
+    y = activation(scale * (x . stored weights) + bias)           gated:  y = activation(x . gate + bias) * (x . up)
+
+or, transposed, y [M, K] from x [M, N]. Storages: "blocks" of `rows` x `cols`, with one list per block row; "n_of_m"
+with at most `rows` (n) of each `cols` (m) consecutive columns; "bitmap" with any. Products add up in float32. `sampled`
+computes the stored blocks of the gradient g [M, N], x [M, K] -> g^T x. `height` says for how many rows of x a kernel is
+made: "few", whose time goes into reading weights, or "many".
 """
 
 from __future__ import annotations
@@ -44,6 +56,9 @@ HEAD_KINDS = ("one", "kv", "q")
 FLOAT8 = "float8_e4m3fn"  # the dtype of q, k and v that come with scales; the output is bfloat16
 OFFSETS = ("default", "scalar", "tensor")
 BIASES = ("none", "key", "alibi")
+STORAGES = ("blocks", "n_of_m", "bitmap")
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+HEIGHTS = ("few", "many")
 
 
 def _check_table(op: Op) -> SpgenError | None:
@@ -58,6 +73,13 @@ def _check_attention(op: Op) -> SpgenError | None:
     if op["bias"] not in BIASES:
         return SpgenError("bias", given=op["bias"], allowed=", ".join(BIASES))
     return _check_names(op)
+
+
+def _check_linear(op: Op) -> SpgenError | None:
+    for name, allowed in (("storage", STORAGES), ("activation", ACTIVATIONS), ("height", HEIGHTS)):
+        if op[name] not in allowed:
+            return SpgenError(name, given=op[name], allowed=", ".join(allowed))
+    return None
 
 
 def _check_names(op: Op) -> SpgenError | None:
@@ -102,6 +124,20 @@ KERNEL = Dialect(
             },
             operands=None,
             check=_check_attention,
+        ),
+        # A product with sparse weights. `dtype` is that of x and y, `values` that of what is stored; with `scales`
+        # stored values are multiplied by their row's or group's. Tiles: block_m rows of x, block_n of y's columns.
+        "linear": OpDef(
+            {
+                "dtype": "str", "storage": "str", "rows": "int", "cols": "int", "values": "str", "scales": "bool",
+                "transposed": "bool", "gated": "bool", "bias": "bool", "activation": "str", "height": "str",
+                "block_m": "int", "block_n": "int", "options": "strs",
+            },
+            check=_check_linear,
+        ),
+        # The gradient of stored blocks, tile by tile: block_m rows of x and g a step.
+        "sampled": OpDef(
+            {"dtype": "str", "rows": "int", "cols": "int", "values": "str", "block_m": "int", "options": "strs"}
         ),
     },
 )  # fmt: skip

@@ -115,16 +115,17 @@ class Backend(Schedules, Protocol):
 
 def backend_of(target: Target) -> Backend:
     """The backend that serves `target`: TVM on CPUs, Triton on GPUs, or what SPGEN_BACKEND says."""
-    return cast(Backend, import_module("spgen.backends.triton" if _is_for_triton(target) else "spgen.backends.tvm"))
+    return cast(Backend, import_module("spgen.backends.triton" if is_for_triton(target) else "spgen.backends.tvm"))
 
 
 def _schedules(target: Target) -> Schedules:
-    if _is_for_triton(target):
+    if is_for_triton(target):
         return cast(Schedules, import_module("spgen.backends.triton_schedule"))
     return backend_of(target)
 
 
-def _is_for_triton(target: Target) -> bool:
+def is_for_triton(target: Target) -> bool:
+    """Whether Triton serves `target`, or TVM."""
     name = settings().backend
     return name == "triton" or (name == "auto" and target.kind != "cpu")
 

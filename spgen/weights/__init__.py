@@ -1,0 +1,1 @@
+"""Sparse weights: how they are stored, chosen, multiplied and trained."""

@@ -1,0 +1,127 @@
+"""From a weight's storage and a call's sizes to a launchable kernel: what sparse products are specialised for.
+
+request + sizes -> Config (a record's, else the backend's default) -> level-3 kernel -> backend
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from spgen.compile import is_for_triton
+from spgen.ir.config import Config
+from spgen.ir.kernel import KERNEL
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.weights.storage import Layout, Stored
+
+FEW = 64  # rows of x up to which a kernel's time goes into reading weights
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that a product's kernel is specialised for; sizes and the number of stored values are not among it.
+
+    `values` is the type of stored values, `scales` whether they have any; `transposed`: y = x W rather than x W^T;
+    `gated`: two weights, y = activation(x gate^T + bias) * (x up^T).
+    """
+
+    dtype: str
+    layout: Layout
+    values: str
+    scales: bool
+    target: Target
+    transposed: bool = False
+    gated: bool = False
+    bias: bool = False
+    activation: str = "none"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows of x, and the weight's [N, K] with its number of stored values; they choose configurations."""
+
+    m: int
+    n: int
+    k: int
+    stored: int
+
+    @property
+    def height(self) -> str:
+        """For how many rows a kernel is made."""
+        return "few" if self.m <= FEW else "many"
+
+
+class Backend(Protocol):
+    """What `spgen.backends.tvm_linear` and `spgen.backends.triton_linear` provide."""
+
+    def default_config(self, request: Request, sizes: Sizes) -> Config:
+        """Always a legal choice: `block_m` rows of x by `block_n` columns of y, and options."""
+
+    def build(self, kernel: Op, target: Target) -> Callable[[Tensor, Sequence[Stored], Tensor | None, Tensor], None]:
+        """The launchable `linear` kernel, from the cache or compiled.
+
+        It is called with x [M, K], whose rows follow each other at any distance and whose columns are contiguous, one
+        weight (two if gated), the bias [N] or None, and y [M, N], contiguous, which it writes.
+        Transposed: x is [M, N] and y [M, K].
+        """
+
+    def sampled_config(self, request: Request, sizes: Sizes) -> Config:
+        """Likewise for the gradient of stored blocks."""
+
+    def build_sampled(self, kernel: Op, target: Target) -> Callable[[Tensor, Tensor, Stored, Tensor], None]:
+        """The launchable `sampled` kernel: of g [M, N], x [M, K], and blocks whose gradients it writes."""
+
+
+def backend_of(target: Target) -> Backend:
+    """The backend that serves `target`, as for attention."""
+    name = "spgen.backends.triton_linear" if is_for_triton(target) else "spgen.backends.tvm_linear"
+    return cast(Backend, import_module(name))
+
+
+def kernel_of(request: Request, sizes: Sizes, config: Config) -> Op:
+    """The level-3 kernel."""
+    layout = request.layout
+    return KERNEL.make(
+        "linear", dtype=request.dtype, storage=layout.kind, rows=layout.rows, cols=layout.cols, values=request.values,
+        scales=request.scales, transposed=request.transposed, gated=request.gated, bias=request.bias,
+        activation=request.activation, height=sizes.height, block_m=config.block_m, block_n=config.block_n,
+        options=config.options,
+    )  # fmt: skip
+
+
+def sampled_kernel_of(request: Request, config: Config) -> Op:
+    """The level-3 kernel of the stored blocks' gradient."""
+    return KERNEL.make(
+        "sampled", dtype=request.dtype, rows=request.layout.rows, cols=request.layout.cols, values=request.values,
+        block_m=config.block_m, options=config.options,
+    )  # fmt: skip
+
+
+def config_of(request: Request, sizes: Sizes) -> Config:
+    """The configuration that a call gets."""
+    return backend_of(request.target).default_config(request, sizes)
+
+
+@lru_cache(maxsize=4096)
+def linear_kernel(request: Request, sizes: Sizes) -> Any:
+    """The launchable kernel of y = activation(x W^T + bias) and its kin."""
+    return _built(kernel_of(request, sizes, config_of(request, sizes)), request.target)
+
+
+@lru_cache(maxsize=4096)
+def sampled_kernel(request: Request, sizes: Sizes) -> Any:
+    """The launchable kernel of the stored blocks' gradient."""
+    backend = backend_of(request.target)
+    kernel = sampled_kernel_of(request, backend.sampled_config(request, sizes))
+    return backend.build_sampled(kernel, request.target)
+
+
+@lru_cache(maxsize=4096)
+def _built(kernel: Op, target: Target) -> Any:
+    return backend_of(target).build(kernel, target)
