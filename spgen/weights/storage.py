@@ -257,7 +257,7 @@ def _rounded(values: Tensor, dtype: str) -> Tensor:
     if dtype == "int8":
         return whole
     pairs = (whole & 15).to(torch.uint8).unflatten(-1, (-1, 2))
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    return torch.bitwise_or(pairs[..., 0], pairs[..., 1] << 4)
 
 
 def values_dtype(stored: Stored) -> str:
