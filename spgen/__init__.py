@@ -58,25 +58,32 @@ if TYPE_CHECKING:
     from spgen.quantize import quantize as quantize
     from spgen.scores import column_mass as column_mass
     from spgen.scores import last_queries as last_queries
+    from spgen.scores import magnitude as magnitude
     from spgen.scores import page_bounds as page_bounds
     from spgen.scores import pooled as pooled
     from spgen.scores import sort_within as sort_within
+    from spgen.scores import wanda as wanda
     from spgen.trace import maximum as maximum
     from spgen.trace import minimum as minimum
     from spgen.trace import select as select
+    from spgen.weights.linear import MLP as MLP
+    from spgen.weights.linear import Linear as Linear
+    from spgen.weights.linear import linear as linear
+    from spgen.weights.linear import mlp as mlp
 
 # where each name lives (the same list as above, which is for type checkers and editors)
 _HOMES = {
     "spgen.patterns": "Pattern block causal columns cover dense diagonals documents n_of_m pattern per_head permuted "
     "sink stripe top_k vertical_slash where window",
     "spgen.plan": "Plan",
-    "spgen.scores": "column_mass last_queries page_bounds pooled sort_within",
+    "spgen.scores": "column_mass last_queries magnitude page_bounds pooled sort_within wanda",
     "spgen.convert.flex": "from_block_mask from_mask_mod",
     "spgen.convert.mask": "from_mask",
     "spgen.convert.minference": "from_minference",
     "spgen.convert.sparse": "from_sparse",
     "spgen.trace": "maximum minimum select",
     "spgen.attend": "alibi attention",
+    "spgen.weights.linear": "Linear MLP linear mlp",
     "spgen.compile": "compile_count",
     "spgen.drawing": "show",
     "spgen.float8": "Float8",

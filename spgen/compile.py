@@ -148,9 +148,10 @@ def refuse_selections(node: Op) -> None:
     """Raises UnsupportedError where data are still to be selected by a score."""
     for op in walk(node):
         if is_selected(op):
+            of_weights = op.kind != "permuted" and op["scores"] in ("magnitude()", "wanda()")
             raise UnsupportedError(
                 f"pattern: {short_text(op)}",
-                given="a selection, which no operation computes yet",
+                given="a selection by the size of weights" if of_weights else "a selection that is not computed yet",
                 allowed="patterns whose data are given as tensors",
                 remedy=f"compute the indices yourself and pass them to {op.kind}(…)",
             )

@@ -255,7 +255,8 @@ def block(
     - `mask` bool or uint8 [B|1, H, R, C];
     - `indices` int [B|1, H, R, K]: the column blocks of each row block, padded with -1, in any order;
     - `indptr` int [B|1, H, R + 1] and `indices` int [B|1, H, NNZ]: the same as CSR;
-    - `density` in (0, 1] and `scores`: that share of the blocks of `among` (default: causal).
+    - `density` in (0, 1] and `scores`: that share of the blocks of `among` (default: causal; of weights all). Without
+      `scores` those of weights with the largest norms.
 
     H is 1, the key heads or the query heads; leading axes may be left out. Indices out of range are ignored.
     """
@@ -288,22 +289,15 @@ def _density(value: Any) -> float | None:
 
 
 def _selection(kind: str, count: str, value: object, scores: Any, among: Any) -> dict[str, Any]:
-    """The `scores` attribute: needed with a count, refused without one."""
+    """The `scores` attribute: magnitudes of weights where a count comes without any, refused without a count."""
     if scores is not None and not isinstance(scores, Score):
         raise DtypeError(f"{kind}: scores", given=scores, allowed="a score, such as last_queries(64)")
-    if value is not None and scores is None:
-        raise PatternError(
-            f"{kind}: scores",
-            given="nothing",
-            allowed=f"a score, because {count}= selects by it",
-            remedy="pass scores=last_queries(64), pooled(), page_bounds() or column_mass(), or give the data",
-        )
     for name, part in (("scores", scores), ("among", among)):
         if value is None and part is not None:
             raise PatternError(
                 f"{kind}: {name}", given=f"{name}= together with data", allowed=f"{name}= with {count}= only"
             )
-    return {"scores": scores.text if scores is not None else None}
+    return {"scores": None if value is None else (scores or scoring.magnitude()).text}
 
 
 def _among(among: Pattern | None) -> tuple[Pattern, ...]:
@@ -350,6 +344,11 @@ def vertical_slash(
             allowed="columns and offsets, or vertical, slash and scores",
             remedy="use columns() or diagonals() for one of the two alone",
         )
+    if vertical is not None and scores is None:
+        raise PatternError(
+            "vertical_slash: scores", given="nothing", allowed="a score, because vertical= selects by it",
+            remedy="pass scores=last_queries(64), or give the data",
+        )  # fmt: skip
     selection = _selection("vertical_slash", "vertical", vertical, scores, among)
     return _combine(
         "vertical_slash",
@@ -372,7 +371,7 @@ def top_k(
     """For each `rows` rows their own list of units of `cols` keys: `j // cols in index[b, h, r // rows]`.
 
     `index` int [B|1, H, R, K] with R = ceil(rows of the call / rows), padded with -1, in any order; or a count: the
-    `index` units with the highest `scores` over `among` (default: causal).
+    `index` units with the highest `scores` over `among` (default: causal; of weights all, by their norms).
     """
     tile = _tile("top_k", rows, cols)
     if not _is_tensor(index):
@@ -389,15 +388,14 @@ def n_of_m(
     """At most `n` of each `m` consecutive columns; the last group may be shorter.
 
     `mask` bool or uint8 [B|1, H, R, C] marks the pairs one by one (R rows of the call, C columns); or the `n` with the
-    highest `scores` are selected.
+    highest `scores` are selected, without any the `n` largest weights.
     """
     n, m = _integer("n_of_m: n", n, 1), _integer("n_of_m: m", m, 1)
     if n > m:
         raise PatternError("n_of_m: n", given=n, allowed=f"at most m = {m}")
-    if (mask is None) == (scores is None):
-        given = "nothing" if mask is None else "mask and scores"
-        raise PatternError("n_of_m: data", given=given, allowed="exactly one of mask, scores", remedy="pass mask=…")
-    selection = _selection("n_of_m", "scores", scores, scores, among)
+    if mask is not None and scores is not None:
+        raise PatternError("n_of_m: data", given="mask and scores", allowed="one of mask, scores, or neither")
+    selection = _selection("n_of_m", "scores", None if mask is not None else n, scores, among)
     return _combine("n_of_m", *_among(among), extra=[("mask", mask)], n=n, m=m, **selection)
 
 

@@ -1,7 +1,7 @@
 """Scores and rules: by what a selection ranks, and how keys are sorted by it.
 
 They are values with a canonical text, which is what a pattern keeps: `last_queries(64)`. A score says what is computed
-from q and k; the pattern that carries it says how many units win and over which of them it ranks.
+from q and k, or from weights; the pattern that carries it says how many units win and over which of them it ranks.
 """
 
 from __future__ import annotations
@@ -63,6 +63,16 @@ def column_mass() -> Score:
     return Score("column_mass()")
 
 
+def magnitude() -> Score:
+    """The size of weights: of single ones for n of m, the norm of all their scores for blocks. For weights only."""
+    return Score("magnitude()")
+
+
+def wanda() -> Score:
+    """Magnitudes of weights times the norms of the inputs that they meet (Sun et al. 2023). For weights only."""
+    return Score("wanda()")
+
+
 def sort_within(n: int, *, scores: Score) -> Rule:
     """Keys in descending order of their score inside each segment of `n`; a shorter last segment stays in order."""
     if not isinstance(scores, Score):
@@ -71,7 +81,9 @@ def sort_within(n: int, *, scores: Score) -> Rule:
 
 
 _COUNTED = {"last_queries": last_queries}
-_PLAIN = {"pooled": pooled, "page_bounds": page_bounds, "column_mass": column_mass}
+_PLAIN = {
+    "pooled": pooled, "page_bounds": page_bounds, "column_mass": column_mass, "magnitude": magnitude, "wanda": wanda
+}  # fmt: skip
 
 
 def read(text: str) -> Score | Rule:
@@ -102,5 +114,5 @@ class _Reader:
             scores = self.read(tree.items[1].items[0])
             if tree.items[1].head == "scores" and isinstance(scores, Score):
                 return sort_within(int(tree.items[0].head), scores=scores)
-        known = "last_queries(n), pooled(), page_bounds(), column_mass() or sort_within(n, scores=…)"
+        known = f"last_queries(n), {', '.join(f'{name}()' for name in _PLAIN)} or sort_within(n, scores=…)"
         raise self.fail(f"expected {known}", tree)

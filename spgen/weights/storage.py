@@ -53,6 +53,11 @@ class Layout:
         return Layout("bitmap") if match[1] is None else Layout(match[1], int(match[2]), int(match[3]))
 
     @property
+    def transposed(self) -> Layout:
+        """Of the transposed weight; n of m columns become a bitmap."""
+        return Layout("blocks", self.cols, self.rows) if self.kind == "blocks" else Layout("bitmap")
+
+    @property
     def padded(self) -> int:
         """Columns are padded to a multiple of this."""
         return math.lcm(WORD, self.cols) if self.kind == "n_of_m" else WORD
@@ -151,11 +156,15 @@ def _pack_n_of_m(weight: Tensor, mask: Tensor, layout: Layout) -> Stored:
             f"weight[{row}, {group * m}:{group * m + m}]", given=f"{int(kept[row, group].sum())} values",
             allowed=f"at most {n} of {m} (n_of_m)", remedy="prune the weight, or leave mask= out to keep the largest",
         )  # fmt: skip
-    # stored columns first, in their order
-    first = torch.argsort(~kept, dim=-1, stable=True)[..., :n]
-    values = grouped.gather(-1, first) * kept.gather(-1, first)
+    values = _first(grouped, kept, n)
     bits = kept.view(rows, -1, 8).to(torch.uint8) << torch.arange(8, device=mask.device, dtype=torch.uint8)
     return Stored(layout, (rows, width), values.flatten(1).contiguous(), (bits.sum(-1, dtype=torch.uint8),))
+
+
+def _first(grouped: Tensor, kept: Tensor, n: int) -> Tensor:
+    """The `n` entries of each group that are kept, in their order, then zeros."""
+    first = torch.argsort(~kept, dim=-1, stable=True)[..., :n]
+    return grouped.gather(-1, first) * kept.gather(-1, first)
 
 
 def _pack_bitmap(weight: Tensor, mask: Tensor, layout: Layout) -> Stored:
@@ -203,6 +212,20 @@ def _unpacked(stored: Stored, values: Tensor) -> Tensor:
     kept = _bits_of(stored.index[0]).view(n, -1, layout.cols)
     place = (kept.cumsum(-1) - 1).clamp(min=0)
     return (values.view(n, -1, layout.rows).gather(-1, place) * kept).flatten(1)[:, :k].contiguous()
+
+
+def taken(stored: Stored, matrix: Tensor) -> Tensor:
+    """The entries of a matrix [N, K] at the stored places, as values lie; 0 at places that hold none."""
+    n, k = stored.shape
+    layout = stored.layout
+    if layout.kind == "blocks":
+        return _tiles(matrix, layout.rows, layout.cols)[block_rows(stored), stored.index[1].long()].contiguous()
+    if layout.kind == "bitmap":
+        kept = _bits_of(stored.index[0]).flatten(1)[:, :k]
+        return torch.cat((matrix[kept], matrix.new_zeros(WORD)))
+    kept = _bits_of(stored.index[0]).view(n, -1, layout.cols)
+    grouped = torch.nn.functional.pad(matrix, (0, kept.shape[1] * layout.cols - k)).view_as(kept)
+    return _first(grouped, kept, layout.rows).flatten(1)
 
 
 def block_rows(stored: Stored) -> Tensor:

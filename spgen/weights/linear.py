@@ -1,0 +1,248 @@
+"""Layers over sparse weights.
+
+layer = sp.linear(weight, sp.block(64, density=0.1))
+y = layer(x)
+
+mlp = sp.mlp(w_gate, w_up, w_down, sp.block(64, density=0.1))
+y = mlp(x)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spgen.arguments import DTYPES
+from spgen.errors import DtypeError, ShapeError, UnsupportedError
+from spgen.ir.kernel import ACTIVATIONS
+from spgen.ops import is_plain
+from spgen.patterns import Pattern
+from spgen.weights import ops
+from spgen.weights.select import stored as select
+from spgen.weights.storage import Layout, Stored, pack, quantized
+
+if TYPE_CHECKING:
+    from spgen.weights.explain import Explanation
+
+
+class Weight(nn.Module):
+    """A weight's stored values, a parameter, and their index, buffers; `Linear` and `MLP` are made of it.
+
+    Quantised values are buffers, too. A state of another number of values loads: its tensors take these ones' place.
+    """
+
+    scales: Tensor | None
+
+    def __init__(self, stored: Stored) -> None:
+        super().__init__()
+        self.layout, self.shape, self._count = str(stored.layout), stored.shape, len(stored.index)
+        if stored.scales is None:
+            self.values = nn.Parameter(stored.values)
+        else:
+            self.register_buffer("values", stored.values)
+        self.register_buffer("scales", stored.scales)
+        for number, tensor in enumerate(stored.index):
+            self.register_buffer(f"index_{number}", tensor)
+
+    @property
+    def index(self) -> list[Tensor]:
+        """The index tensors, in the order of spgen/weights/storage.py."""
+        return [getattr(self, f"index_{number}") for number in range(self._count)]
+
+    @property
+    def stored(self) -> Stored:
+        """The weight as spgen/weights/storage.py has it."""
+        return Stored(Layout.read(self.layout), self.shape, self.values.detach(), tuple(self.index), self.scales)
+
+    def dense(self) -> Tensor:
+        """The weight [N, K], zeros where nothing is stored."""
+        return self.stored.dense()
+
+    def store(self, stored: Stored) -> None:
+        """Take other values at other places, of the same shape and layout; optimisers must be told of the parameter."""
+        if stored.shape != self.shape or str(stored.layout) != self.layout:
+            raise ShapeError("weight", given=f"{stored.layout} {stored.shape}", allowed=f"{self.layout} {self.shape}")
+        self.values.data = stored.values
+        for number, tensor in enumerate(stored.index):
+            setattr(self, f"index_{number}", tensor)
+
+    def extra_repr(self) -> str:
+        """Shape, storage and the share of values that are stored."""
+        values = self.values.numel() * (2 if self.values.dtype == torch.uint8 else 1)
+        return (
+            f"{self.shape[1]} -> {self.shape[0]}, {self.layout}, {values / max(1, self.shape[0] * self.shape[1]):.1%}"
+        )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
+            given = state_dict.get(prefix + name)
+            if tensor is not None and given is not None and given.shape != tensor.shape:
+                tensor.data = tensor.new_empty(given.shape)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class Linear(nn.Module):
+    """y = activation(x W^T + bias) over the stored part of W. Made by :func:`linear`."""
+
+    bias: Tensor | None
+
+    def __init__(self, stored: Stored, bias: Tensor | None = None, activation: str = "none") -> None:
+        super().__init__()
+        self.weight, self.activation = Weight(stored), activation
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], in x's dtype, which is the weight's; any strides."""
+        weight = self.weight
+        call: Any = ops.linear if is_plain(x, weight.values.data, x) and not _differentiates(self) else _OPS.linear
+        y: Tensor = call(
+            x, weight.values, weight.index, weight.scales, self.bias, weight.layout, *weight.shape, self.activation
+        )
+        return y
+
+    def explain(self, x: Tensor) -> Explanation:
+        """Storage, bytes, floor and the chosen kernel of a call; printable."""
+        from spgen.weights.explain import explain
+
+        return explain(x, [self.weight.stored], self.bias is not None, self.activation)
+
+
+class MLP(nn.Module):
+    """y = (activation(x gate^T) * (x up^T)) down^T over stored parts. Made by :func:`mlp`.
+
+    Without a gate: activation(x up^T) down^T.
+    """
+
+    def __init__(
+        self, gate: Stored | None, up: Stored, down: Stored, activation: str = "silu",
+        biases: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.gate = None if gate is None else Weight(gate)
+        self.up, self.down, self.activation = Weight(up), Weight(down), activation
+        self.hidden_bias, self.bias = (None if b is None else nn.Parameter(b.detach().clone()) for b in biases)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] -> [..., D], in x's dtype, which is the weights'; any strides."""
+        namespace: Any = ops if is_plain(x, self.up.values.data, x) and not _differentiates(self) else _OPS
+        up, down, gate = self.up, self.down, self.gate
+        if gate is None or not _alike(gate, up):
+            hidden = namespace.linear(
+                x, up.values, up.index, up.scales, self.hidden_bias if gate is None else None, up.layout, *up.shape,
+                self.activation if gate is None else "none",
+            )  # fmt: skip
+            if gate is not None:
+                hidden = hidden * namespace.linear(
+                    x, gate.values, gate.index, gate.scales, self.hidden_bias, gate.layout, *gate.shape, self.activation
+                )
+        else:
+            hidden = namespace.gated(
+                x, gate.values, gate.index, gate.scales, up.values, up.index, up.scales, self.hidden_bias, up.layout,
+                *up.shape, self.activation,
+            )  # fmt: skip
+        y: Tensor = namespace.linear(
+            hidden, down.values, down.index, down.scales, self.bias, down.layout, *down.shape, "none"
+        )
+        return y
+
+
+_OPS: Any = torch.ops.spgen
+
+
+def _differentiates(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _alike(one: Weight, other: Weight) -> bool:
+    """Whether one kernel can multiply by both at a time."""
+    return (
+        one.layout == other.layout and one.shape == other.shape and (one.scales is None) == (other.scales is None)
+        and one.values.dtype == other.values.dtype and not one.layout.startswith("bitmap")
+    )  # fmt: skip
+
+
+def _check(name: str, weight: Tensor, pattern: object) -> None:
+    if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
+        given = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
+        raise DtypeError(name, given=given, allowed=f"a tensor of {', '.join(DTYPES.values())}")
+    if weight.dim() != 2:
+        raise ShapeError(name, given=f"shape {list(weight.shape)}", allowed="[output features, input features]")
+    if not isinstance(pattern, Pattern):
+        raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.block(64, density=0.1)")
+
+
+def _stored(
+    name: str, weight: Tensor, pattern: Pattern, values: str | None, inputs: Tensor | None = None, strict: bool = False
+) -> Stored:  # fmt: skip
+    _check(name, weight, pattern)
+    found = select(weight.detach(), pattern, inputs, strict=name if strict else None)
+    return found if values is None else quantized(found, values)
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise UnsupportedError("activation", given=repr(activation), allowed=", ".join(ACTIVATIONS))
+
+
+def linear(
+    weight: Tensor, pattern: Pattern, bias: Tensor | None = None, *, activation: str = "none",
+    values: str | None = None, inputs: Tensor | None = None, check: bool = False,
+) -> Linear:  # fmt: skip
+    """The layer y = activation(x W^T + bias) over the pairs of `pattern`: rows are output features, columns inputs.
+
+    `weight` [N, K] (float32, bfloat16 or float16), `bias` [N]. What the pattern leaves out is not stored: blocks lie in
+    lists of blocks, n of m with a bit for each column, other patterns in blocks or a bitmap, whichever takes the
+    fewest bytes. Counts select the largest weights: `sp.block(64, density=0.1)`, `sp.n_of_m(2, 4)`,
+    `sp.top_k(512, rows=64)`; with `scores=sp.wanda()` times `inputs`, norms of the inputs [K] (Sun et al. 2023).
+
+    `values` quantises what is stored: "int8", "int4" or "float8_e4m3fn", a scale for each row (of a block). Otherwise
+    the layer can be trained: gradients reach the stored values, the bias and x. `check` refuses a weight with values
+    outside the pattern, naming the first. Sizes that blocks do not divide are padded inside.
+
+    Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
+    """
+    _check_activation(activation)
+    found = _stored("weight", weight, pattern, values, inputs, check)
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        given = f"{bias.dtype} {list(bias.shape)}"
+        raise ShapeError("bias", given=given, allowed=f"{weight.dtype} [{weight.shape[0]}]")
+    return Linear(found, bias, activation)
+
+
+def mlp(
+    w_gate: Tensor | None, w_up: Tensor, w_down: Tensor, pattern: Pattern | tuple[Pattern, ...], *,
+    activation: str = "silu", values: str | None = None, hidden_bias: Tensor | None = None, bias: Tensor | None = None,
+) -> MLP:  # fmt: skip
+    """The layer y = (activation(x gate^T) * (x up^T)) down^T over stored parts of its weights; gate and up are fused.
+
+    `w_gate` and `w_up` [F, D], `w_down` [D, F]; without a gate (None) activation(x up^T) down^T. `pattern` is over
+    [F, D] for gate and up, and its transpose holds for down (selections choose for each weight by itself); a tuple
+    gives each its own. `hidden_bias` [F] is added before the activation, `bias` [D] at the end.
+
+    Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
+    """
+    _check_activation(activation)
+    weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    given = {name: weight for name, weight in weights.items() if weight is not None}
+    if w_up.dim() == 2 and (tuple(w_down.shape) != tuple(w_up.shape[::-1])):
+        raise ShapeError(
+            "w_down", given=f"shape {list(w_down.shape)}", allowed=f"{list(w_up.shape[::-1])}, as w_up turned"
+        )
+    if w_gate is not None and w_gate.shape != w_up.shape:
+        raise ShapeError("w_gate", given=f"shape {list(w_gate.shape)}", allowed=f"{list(w_up.shape)}, as w_up")
+    if isinstance(pattern, tuple):
+        if len(pattern) != len(given):
+            raise ShapeError(
+                "pattern", given=f"{len(pattern)} patterns", allowed=f"one, or one for each of {', '.join(given)}"
+            )
+        own = dict(zip(given, pattern, strict=True))
+        found = {name: _stored(name, weight, own[name], values) for name, weight in given.items()}
+    else:
+        found = {name: _stored(name, weight, pattern, values) for name, weight in given.items() if name != "w_down"}
+        turned = _stored("w_down", w_down.T, pattern, None)
+        down = pack(w_down.detach(), turned.mask().T, turned.layout.transposed)
+        found["w_down"] = down if values is None else quantized(down, values)
+    return MLP(found.get("w_gate"), found["w_up"], found["w_down"], activation, (hidden_bias, bias))
