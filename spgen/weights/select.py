@@ -154,6 +154,9 @@ def layout_of(node: Op) -> Layout | None:
     if node.kind == "and":
         found = [layout for layout in map(layout_of, node.operands) if layout is not None]
         return min(found, key=lambda layout: layout.rows * layout.cols, default=None)
+    if node.kind == "not":
+        one = layout_of(node.operands[0])
+        return one if one is not None and one.kind == "blocks" else None
     if node.kind == "or":
         one, other = map(layout_of, node.operands)
         if one is not None and other is not None and one.kind == other.kind == "blocks":
