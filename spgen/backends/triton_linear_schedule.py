@@ -1,0 +1,84 @@
+"""How products with sparse blocks run on GPUs unless a record says otherwise.
+
+| option | meaning |
+|---|---|
+| `step` | columns of x that a step takes: of several blocks, or of a part of one |
+| `stages` | steps on their way |
+| `warps` | of a program |
+| `splits` | programs that share a list's blocks; their sums are added up by a second kernel |
+| `group` | row tiles that come together; without it as many as the cache holds |
+| `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
+| `rows`, `columns` | of a tile of the gradient |
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from spgen.backends.triton_compile import ELEMENT_BYTES
+from spgen.ir.config import Config
+from spgen.settings import settings
+from spgen.target import Target
+from spgen.templates.triton.linear import SMALLEST_TILE, padded
+
+if TYPE_CHECKING:
+    from spgen.weights.compile import Request, Sizes
+
+_FULL = 128  # rows of a tile of y whose products fill the tensor cores
+
+
+def default_config(request: Request, sizes: Sizes) -> Config:
+    """Always a legal choice."""
+    out = request.layout.cols if request.transposed else request.layout.rows
+    narrow = not request.transposed and out < SMALLEST_TILE
+    if sizes.height == "few":
+        return _narrow(request, sizes) if narrow else _few(request, sizes)
+    block_n = min(padded(out, SMALLEST_TILE), 128)
+    wide = request.dtype == "float32"
+    block_m, step = (64, 32) if wide else (_FULL, 64)
+    if wide:
+        block_n = min(block_n, 64)
+    warps = 8 if block_m * block_n >= 128 * 128 else 4
+    config = Config(block_m, block_n, (f"step={step}", f"warps={warps}"))
+    return _fitted(request, config, (block_m + block_n) * step)
+
+
+def _few(request: Request, sizes: Sizes) -> Config:
+    out = request.layout.cols if request.transposed else request.layout.rows
+    block_m = padded(min(sizes.m, 64), SMALLEST_TILE)
+    block_n = min(padded(out, SMALLEST_TILE), 32)
+    lists = -(-(sizes.k if request.transposed else sizes.n) // out) * -(-out // block_n)
+    cores = max(request.target.cores, 1)
+    splits = min(padded(-(-2 * cores // max(lists, 1))), 8) if lists < cores else 1
+    step = 64 if request.dtype == "float32" else 128
+    options = (f"step={step}", "warps=4", *([f"splits={splits}"] if splits > 1 else []))
+    return _fitted(request, Config(block_m, block_n, options), (block_m + block_n) * step)
+
+
+def _narrow(request: Request, sizes: Sizes) -> Config:
+    block_m = min(padded(sizes.m), 8)
+    block_n = max(16, padded(request.layout.rows))
+    return Config(block_m, block_n, (f"step={max(256 // block_m, 64)}", "warps=4"))
+
+
+def sampled_config(request: Request, sizes: Sizes) -> Config:
+    """Likewise for the gradient of stored blocks."""
+    del sizes
+    small = request.dtype == "float32"
+    rows = min(padded(request.layout.rows, SMALLEST_TILE), 64 if small else 128)
+    columns = 64 if small else 128
+    config = Config(32 if small else 64, columns, (f"rows={rows}", f"columns={columns}", "warps=8"))
+    return _fitted(request, config, (rows + columns) * config.block_m)
+
+
+def _fitted(request: Request, config: Config, elements: int) -> Config:
+    """With as many stages of so many elements each as shared memory holds, up to four."""
+    size = elements * ELEMENT_BYTES[request.dtype]
+    # some of it goes to what turns registers around
+    stages = min(max(request.target.smem_bytes * 3 // 4 // size, 1), 4)
+    return _exact(request.dtype, request.target, config.having(stages=stages))
+
+
+def _exact(dtype: str, target: Target, config: Config) -> Config:
+    threefold = dtype == "float32" and target.kind == "cuda" and settings().float32 == "tf32x3"
+    return config.having(tf32x3=1) if threefold else config

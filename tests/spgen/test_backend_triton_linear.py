@@ -1,0 +1,85 @@
+"""Products with sparse blocks through Triton, without a GPU: the interpreter, and compiling ahead of time."""
+
+from __future__ import annotations
+
+import pytest
+
+import spgen as sp
+from spgen.backends.triton_linear import build, build_sampled, default_config, sampled_config
+from spgen.target import Target
+from spgen.weights.compile import Request, Sizes, kernel_of, sampled_kernel_of
+from spgen.weights.storage import Layout
+from tests.interpreted import run_interpreted
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted("test_backend_triton_linear_interpreted.py")
+
+
+def request(layout: str, target: str, dtype: str = "bfloat16", values: str = "", **options: object) -> Request:
+    return Request(dtype, Layout.read(layout), values or dtype, bool(values), Target.of(target), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+@pytest.mark.parametrize(("layout", "dtype"), [("blocks(128, 128)", "bfloat16"), ("blocks(32, 32)", "float32")])
+def test_compiles_ahead_of_time(target: str, m: int, layout: str, dtype: str) -> None:
+    one, sizes = request(layout, target, dtype, bias=True, activation="silu"), Sizes(m, 4096, 4096, 1000)
+    kernel = build(kernel_of(one, sizes, default_config(one, sizes)), one.target)
+    for entry in kernel.program.forms:
+        binary = kernel.program.binary(entry)
+        assert binary.code
+        assert not binary.resources["spilled"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("values", ["int8", "int4", "float8_e4m3fn"])
+def test_quantised_values_compile(target: str, values: str) -> None:
+    for layout in ("blocks(64, 64)", "blocks(1, 16)"):
+        one, sizes = request(layout, target, values=values), Sizes(4, 1024, 1024, 100)
+        if target == "sm_80" and values.startswith("float8"):
+            continue
+        build(kernel_of(one, sizes, default_config(one, sizes)), one.target).program.binary("linear")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("options", [{"transposed": True}, {"gated": True, "activation": "silu"}])
+def test_forms_compile(target: str, options: dict[str, object]) -> None:
+    for m in (8, 512):
+        one, sizes = request("blocks(64, 64)", target, **options), Sizes(m, 512, 512, 30)
+        kernel = build(kernel_of(one, sizes, default_config(one, sizes)), one.target)
+        for entry in kernel.program.forms:
+            assert kernel.program.binary(entry, aligned=m == 512).code
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("layout", "dtype"), [("blocks(128, 128)", "bfloat16"), ("blocks(16, 16)", "float32")])
+def test_gradients_compile(target: str, layout: str, dtype: str) -> None:
+    one = request(layout, target, dtype)
+    kernel = sampled_kernel_of(one, sampled_config(one, Sizes(4096, 4096, 4096, 1000)))
+    assert build_sampled(kernel, one.target).program.binary("sampled").code
+
+
+def test_kernels_are_shared() -> None:
+    one, sizes = request("blocks(64, 64)", "h200"), Sizes(128, 512, 512, 30)
+    kernel = kernel_of(one, sizes, default_config(one, sizes))
+    assert build(kernel, one.target) is build(kernel, one.target)
+    assert build(kernel, one.target) is not build(kernel, Target.of("sm_80"))
+
+
+def test_tiles_that_do_not_fit() -> None:
+    one, sizes = request("blocks(128, 128)", "sm_90"), Sizes(4096, 512, 512, 30)
+    config = default_config(one, sizes).having(block_m=256, step=128, stages=4)
+    with pytest.raises(sp.CompileError, match="shared memory"):
+        build(kernel_of(one, sizes, config), one.target).program.binary("linear")
+
+
+def test_alignment() -> None:
+    one, sizes = request("blocks(64, 64)", "h200"), Sizes(8, 512, 512, 30)
+    form = build(kernel_of(one, sizes, default_config(one, sizes)), one.target).program.forms["linear"]
+    pointers = [16] * form.tensors
+    assert form.allows(pointers, (512, 512, 512, 8, 8, 1))
+    assert not form.allows(pointers, (513, 512, 512, 8, 8, 1))
+    assert not form.allows([*pointers[1:], 8], (512, 512, 512, 8, 8, 1))
