@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 import spgen as sp
 from spgen import reference
 from spgen.bench.blocks import BlockList
+from spgen.bench.peers import Contender
 from spgen.bench.workloads import Workload
 from spgen.patterns import Pattern
 
@@ -43,6 +45,18 @@ class Problem:
     blocks: BlockList | None = None
     columns: Tensor | None = None
     offsets: Tensor | None = None
+
+    @property
+    def density(self) -> float:
+        """The share of the causal pairs."""
+        return self.pairs / self.work.causal_pairs
+
+    def ours(self, q: Tensor, k: Tensor, v: Tensor) -> Contender:
+        """The kernel that spgen compiles."""
+        attend = sp.attention(self.pattern)
+        return Contender(
+            lambda plan: attend(q, k, v, plan=plan), partial(attend.plan, q, k), lambda: attend(q, k, v)
+        )  # fmt: skip
 
     @property
     def flops(self) -> int:

@@ -18,7 +18,9 @@ from spgen.errors import SpgenError, ToolchainError
 FORMATS = (".png", ".svg")
 _COLOURS = {
     OURS: "#d62728", "cudnn": "#7f7f7f", "flash": "#bcbd22", "sdpa": "#7f7f7f", "sdpa-mask": "#c7c7c7",
-    "flex": "#1f77b4", "flash-attn-4": "#9467bd", "flashinfer": "#2ca02c", "minference": "#ff7f0e",
+    "flex": "#1f77b4", "dense": "#7f7f7f", "onednn": "#c7c7c7",
+    "torch-bsr": "#1f77b4", "cusparselt": "#2ca02c", "flash-attn-4": "#9467bd", "flashinfer": "#2ca02c",
+    "minference": "#ff7f0e",
 }  # fmt: skip
 _WIDTH, _HEIGHT = 4.2, 3.0  # inches of a panel of lines
 _BAR = 0.36  # inches of a pattern

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from spgen.bench.peers import PEERS
 from spgen.bench.result import OURS, Entry, Result, Row, read
 
 Cells = Sequence[str]
 
-_DENSE = ("cudnn", "flash", "sdpa")  # contenders that compute every causal pair
+_DENSE = ("cudnn", "flash", "sdpa", "dense", "onednn")  # contenders that leave nothing out
 _BUSY = 0.7  # of the load of the last minute: others were at work, too
 _MARKS = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _NONE = "–"
@@ -135,31 +135,35 @@ def facts(result: Result) -> list[str]:
 
 
 def _break_evens(result: Result) -> list[str]:
-    """At which sparsity lists of blocks take as long as dense attention, between the sparsities that were measured."""
+    """At which sparsity lists of blocks take as long as dense contenders, between the sparsities that were measured."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for row in result.rows:
         dense = [entry.ms for name, entry in row.entries.items() if name in _DENSE and entry.ms is not None]
         own = row.entries.get("spgen")
         if row.sparsity is not None and dense and own is not None and own.ms is not None:
-            call = f"{row.work['length'] // 1024}K {row.work['dtype']}"
+            call = f"{_length(row)} {row.work['dtype']}"
             found.setdefault(call, []).append((row.sparsity, own.ms, min(dense)))
     lines = []
+    what = "attention" if all("heads" in row.work for row in result.rows) else "products"
     for call, rows in found.items():
         rows.sort()
         for (low, slower, limit), (high, faster, _) in itertools.pairwise(rows):
             if faster <= limit < slower:
                 share = low + (high - low) * (slower - limit) / (slower - faster)
-                lines.append(f"as fast as dense attention at {share:.0%} of the blocks left out ({call})")
+                lines.append(f"as fast as dense {what} at {share:.0%} of the blocks left out ({call})")
     return lines
 
 
 def _works(result: Result) -> list[str]:
     """Sizes that the cases share; lengths are in the tables."""
-    found = dict.fromkeys(
-        f"B{work['batch']} H{work['heads']}/{work['kv_heads']} D{work['head_dim']} {work['dtype']}"
-        for work in (row.work for row in result.rows)
-    )
-    return [f"{', '.join(found)}; rates count the pairs that are needed"]
+    found = dict.fromkeys(map(_sizes, (row.work for row in result.rows)))
+    return [f"{', '.join(found)}; rates count what is needed"]
+
+
+def _sizes(work: Mapping[str, Any]) -> str:
+    if "heads" in work:
+        return f"B{work['batch']} H{work['heads']}/{work['kv_heads']} D{work['head_dim']} {work['dtype']}"
+    return f"{work['inputs']} to {work['outputs']} features {work['dtype']}"
 
 
 def _ceilings(result: Result) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import spgen as sp
 from spgen.autotune.measure import Call, Sample, Timer, on_gpu, samples, wall
-from spgen.bench.cases import Problem
 from spgen.bench.ceilings import Ceiling, ceilings
 from spgen.bench.machine import hardware, versions
-from spgen.bench.peers import SAME, Contender, attempt, available, failure
+from spgen.bench.peers import SAME, AnyProblem, Contender, attempt, available, failure
 from spgen.bench.peers import chosen as chosen_peers
 from spgen.bench.result import OURS, Entry, Result, Row
 from spgen.bench.start import first_calls, launches
@@ -87,20 +85,12 @@ def run(
         )  # fmt: skip
 
 
-def ours(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Contender:
-    """The kernel that spgen compiles."""
-    attend = sp.attention(problem.pattern)
-    return Contender(
-        lambda plan: attend(q, k, v, plan=plan), partial(attend.plan, q, k), lambda: attend(q, k, v)
-    )  # fmt: skip
-
-
 def measure(case: Case, names: Iterable[str], effort: Effort, limits: Mapping[str, Ceiling]) -> Row:
     """One case: our contender, those of the peers `names`, and the ceilings in the same rounds."""
     problem = case.problem()
-    q, k, v = case.work.tensors()
-    contenders, skipped = _contenders(problem, q, k, v, names)
-    checked = {name: _checked(problem, contender, q, k, v) for name, contender in contenders.items()}
+    tensors = case.work.tensors()
+    contenders, skipped = _contenders(problem, tensors, names)
+    checked = {name: _checked(problem, contender, tensors) for name, contender in contenders.items()}
     skipped |= {name: found for name, found in checked.items() if isinstance(found, str)}
     contenders = {name: contender for name, contender in contenders.items() if name not in skipped}
     plans = {name: contender.made() for name, contender in contenders.items()}
@@ -115,29 +105,29 @@ def measure(case: Case, names: Iterable[str], effort: Effort, limits: Mapping[st
     }
     return Row(
         case.name, case.section, repr(problem.pattern), case.work.record(), entries, skipped, case.sparsity,
-        _rounded(problem.pairs / case.work.causal_pairs), _rounded(problem.flops / 1e9), _rounded(problem.bytes / 1e6),
+        _rounded(problem.density), _rounded(problem.flops / 1e9), _rounded(problem.bytes / 1e6),
         _rounded(peak, 1e-9), _rounded(copy, 1e-9), _rounded(floor, 1e3),
     )  # fmt: skip
 
 
 def _contenders(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, names: Iterable[str]
+    problem: AnyProblem, tensors: Sequence[Tensor], names: Iterable[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
     """Who takes part, ours first, and why others do not."""
-    found = {OURS: attempt(lambda: ours(problem, q, k, v))}
-    found |= {name: available(name, problem, q, k, v) for name in names}
+    found = {OURS: attempt(lambda: problem.ours(*tensors))}
+    found |= {name: available(name, problem, *tensors) for name in names}
     contenders = {name: contender for name, contender in found.items() if isinstance(contender, Contender)}
     return contenders, {name: reason for name, reason in found.items() if isinstance(reason, str)}
 
 
-def _checked(problem: Problem, contender: Contender, q: Tensor, k: Tensor, v: Tensor) -> float | str | None:
+def _checked(problem: AnyProblem, contender: Contender, tensors: Sequence[Tensor]) -> float | str | None:
     """The largest error of a contender that computes the same pairs (None if it does not), or what is wrong with it."""
     if contender.pairs != SAME:
         return None
     allowed = _TOLERANCE[problem.work.dtype]
     try:
         outs = contender.run(contender.made()), contender.with_plan()
-        errors = [problem.largest_error(out, q, k, v) for out in outs]
+        errors = [problem.largest_error(out, *tensors) for out in outs]
     except Exception as fault:  # a peer may fail the second time, too
         return failure(fault)
     wrong = [error for error in errors if not error <= allowed]  # NaN is wrong, too
@@ -180,7 +170,7 @@ def _rate(limits: Mapping[str, Ceiling], taken: Mapping[str, Sample], name: str)
 
 
 def _entry(
-    name: str, contender: Contender, taken: Mapping[str, Sample], problem: Problem, floor: float | None,
+    name: str, contender: Contender, taken: Mapping[str, Sample], problem: AnyProblem, floor: float | None,
     error: float | None, plan: Any,
 ) -> Entry:  # fmt: skip
     """Figures of one contender. Where there is nothing to plan, planning takes no time."""

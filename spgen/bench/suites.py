@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
-from spgen.bench import cases
-from spgen.bench.cases import Problem
+from spgen.bench import cases, weights
+from spgen.bench.peers import AnyProblem
+from spgen.bench.weights import Rows
 from spgen.bench.workloads import Workload, eight_heads, llama3_8b, short
 from spgen.errors import DeviceError, SpgenError
 
@@ -30,11 +32,11 @@ class Case:
 
     name: str
     section: str
-    work: Workload
-    make: Callable[[Workload], Problem]
+    work: Any
+    make: Callable[[Any], AnyProblem]
     sparsity: float | None = None
 
-    def problem(self) -> Problem:
+    def problem(self) -> AnyProblem:
         """The pattern over the workload."""
         return self.make(self.work)
 
@@ -57,7 +59,7 @@ def swept(section: str, work: Workload, size: int, sparsities: tuple[float, ...]
         yield Case(name, section, work, partial(cases.block_list, size=size, sparsity=sparsity), sparsity)
 
 
-def _named(section: str, name: str, work: Workload, make: Callable[[Workload], Problem]) -> Case:
+def _named(section: str, name: str, work: Workload, make: Callable[[Workload], AnyProblem]) -> Case:
     return Case(f"{name}, {short(work.length)}", section, work, make)
 
 
@@ -106,6 +108,52 @@ def _cpu(quick: bool) -> Iterator[Case]:
         yield _named(section, f"{many} band{'s' * (many > 1)} of {width} diagonals", work, bands)
 
 
+def _mlp(quick: bool) -> Iterator[Case]:
+    prefill = Rows(4 * _K, 14336, 4096, torch.bfloat16, "cuda")
+    section = "blocks of 128"
+    for sparsity in (0.0, 0.9) if quick else (0.0, 0.25, 0.5, 0.8, 0.9, 0.95):
+        yield _weights(section, prefill, f"blocks of 128, {sparsity:.0%} left out", sparsity, size=128)
+    section = "other weights"
+    for rows in (1, 64) if quick else (1, 16, 64, 512, 4 * _K):
+        yield _weights(section, replace(prefill, rows=rows), "2 of 4", kind="n_of_m")
+    if quick:
+        return
+    for size in (64, 32):
+        yield _weights(section, prefill, f"blocks of {size}, 90% left out", size=size)
+    yield _weights(section, prefill, "blocks of 128, 90% left out, gate and up", size=128, kind="gated")
+    yield _weights(section, prefill, "blocks of 128, 90% left out, both gradients", size=128, kind="gradients")
+    for rows in (1, 16, 64):
+        few = replace(prefill, rows=rows)
+        yield _weights(section, few, "blocks of 64, 90% left out", size=64)
+        yield _weights(section, few, "2 of 4, float8", kind="n_of_m", values="float8_e4m3fn")
+    one = replace(prefill, rows=1)
+    yield _weights(section, one, "groups of 16, 50% left out, int4", size=(1, 16), sparse=0.5, values="int4")
+    yield _weights(section, one, "any 50%", kind="bitmap", sparse=0.5)
+
+
+def _mlp_cpu(quick: bool) -> Iterator[Case]:
+    work = Rows(1, 8192, 2048, torch.float32, "cpu")
+    section = "weights on a CPU, float32"
+    for rows in (1, 128) if quick else (1, 16, 128, 512):
+        yield _weights(section, replace(work, rows=rows), "blocks of 64, 90% left out", size=64)
+    if quick:
+        return
+    for size in (32, 16):
+        yield _weights(section, replace(work, rows=128), f"blocks of {size}, 90% left out", size=size)
+    yield _weights(section, work, "2 of 4", kind="n_of_m")
+    yield _weights(section, work, "any 50%", kind="bitmap", sparse=0.5)
+    yield _weights(section, work, "groups of 16, 50% left out, int4", size=(1, 16), sparse=0.5, values="int4")
+
+
+def _weights(
+    section: str, work: Rows, name: str, sparsity: float | None = None, *, kind: str = "blocks",
+    size: int | tuple[int, int] = 64, sparse: float = 0.9, values: str | None = None,
+) -> Case:  # fmt: skip
+    left_out = sparse if sparsity is None else sparsity
+    make = partial(weights.problem, kind=kind, size=size, sparsity=left_out, values=values)
+    return Case(f"{name}, {work.rows} row{'s' * (work.rows > 1)}", section, work, make, sparsity)
+
+
 SUITES = {
     suite.name: suite
     for suite in (
@@ -116,6 +164,14 @@ SUITES = {
         Suite(
             "cpu", "attention on the CPU: block lists, tokens and diagonals", "cpu", _cpu,
             ("sdpa", "sdpa-mask", "flex"),
+        ),
+        Suite(
+            "mlp", "sparse weights on a GPU: blocks, n of m, groups", "cuda", _mlp,
+            ("dense", "torch-bsr", "cusparselt"),
+        ),
+        Suite(
+            "mlp-cpu", "sparse weights on the CPU: blocks, n of m, groups", "cpu", _mlp_cpu,
+            ("dense", "onednn", "torch-bsr"),
         ),
     )
 }  # fmt: skip

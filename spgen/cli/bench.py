@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def bench(
     suite: Annotated[
-        str | None, typer.Argument(help="attention (on a GPU) or cpu; by default the one for this machine.")
+        str | None,
+        typer.Argument(help="attention, mlp (on a GPU), cpu or mlp-cpu; by default attention on this machine."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Few cases and repeats, to see that it works.")] = False,
     only: Annotated[str, typer.Option(help="Only cases whose name contains this.", metavar="TEXT")] = "",

@@ -41,7 +41,7 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """activation(x W^T + bias): x [..., K] to [..., N]."""
     weight = Stored(_layout(layout), (n, k), values, tuple(index), scales)
-    return _product(x, (weight,), bias, activation)
+    return product(x, (weight,), bias, activation)
 
 
 def gated(
@@ -51,7 +51,7 @@ def gated(
     """activation(x gate^T + bias) * (x up^T): x [..., K] to [..., N]."""
     one = Stored(_layout(layout), (n, k), gate, tuple(gate_index), gate_scales)
     other = Stored(_layout(layout), (n, k), up, tuple(up_index), up_scales)
-    return _product(x, (one, other), bias, activation)
+    return product(x, (one, other), bias, activation)
 
 
 def linear_of_inputs(
@@ -61,7 +61,7 @@ def linear_of_inputs(
     weight = Stored(_layout(layout), (n, k), values, tuple(index), scales)
     if weight.layout.kind != "blocks":
         return g @ weight.dense().to(g.dtype)
-    return _product(g, (weight,), None, "none", transposed=True)
+    return product(g, (weight,), None, "none", transposed=True)
 
 
 def linear_of_weights(g: Tensor, x: Tensor, values: Tensor, index: Index, layout: str, n: int, k: int) -> Tensor:
@@ -79,9 +79,10 @@ def linear_of_weights(g: Tensor, x: Tensor, values: Tensor, index: Index, layout
     return result
 
 
-def _product(
+def product(
     x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None, activation: str, *, transposed: bool = False
 ) -> Tensor:
+    """activation(x W^T + bias) of one weight, gated of two; transposed: x W."""
     width, height = weights[0].shape[::-1] if not transposed else weights[0].shape
     _check(x, weights, bias, activation, width)
     rows = _rows(x)

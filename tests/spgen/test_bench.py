@@ -153,7 +153,7 @@ def test_a_run_on_a_gpu() -> None:
 
 def measured(contender: Contender, monkeypatch: pytest.MonkeyPatch) -> Row:
     """A row in which ours is the contender."""
-    monkeypatch.setattr(runner, "ours", lambda problem, q, k, v: contender)
+    monkeypatch.setattr(cases.Problem, "ours", lambda problem, q, k, v: contender)
     limits = {"compute": Ceiling(lambda: None, 1e6), "copy": Ceiling(lambda: None, 1e6)}
     return runner.measure(next(tiny().cases(True)), (), runner.Effort(2, 0), limits)
 

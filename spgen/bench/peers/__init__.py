@@ -1,6 +1,7 @@
-"""What else computes the same attention: a plug-in for each peer, and the table they are found in.
+"""What else computes the same: a plug-in for each peer, and the table they are found in.
 
-A plug-in is a function `(problem, q, k, v) -> Contender` in a file of this folder. It imports its library inside,
+A plug-in is a function `(problem, *tensors) -> Contender` in a file of this folder: q, k and v for attention, x for
+products with sparse weights. It imports its library inside,
 raises :class:`Unserved` for a problem that the library cannot say, and lays out the tensors as the library wants them,
 which is not timed. To add a peer: its file, and a line in `PEERS`.
 """
@@ -10,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from spgen.errors import SpgenError, ToolchainError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spgen.bench.cases import Problem
 
 SAME, CAUSAL, MORE = "same", "causal", "more"
 
@@ -50,6 +50,41 @@ class Contender:
         return self.run(self.made()) if self.whole is None else self.whole()
 
 
+class AnyProblem(Protocol):
+    """What is measured: attention (spgen/bench/cases.py) or a product with sparse weights (spgen/bench/weights.py).
+
+    `density` is the share of what a dense contender computes; `flops` and `bytes` are needed.
+    """
+
+    @property
+    def work(self) -> Any:
+        """Sizes, type and device."""
+
+    @property
+    def pattern(self) -> Any:
+        """What is declared."""
+
+    @property
+    def density(self) -> float:
+        """Share of the pairs that dense contenders compute."""
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations that are needed."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that must be moved at least once."""
+
+    @property
+    def ours(self) -> Callable[..., Contender]:
+        """The kernel that spgen compiles, for the tensors."""
+
+    @property
+    def largest_error(self) -> Callable[..., float]:
+        """How far a result is from the oracle's, for the result and the tensors."""
+
+
 @dataclass(frozen=True)
 class Peer:
     """`where` is `file:function` in this folder, `needs` the module of another package that `install` brings."""
@@ -60,10 +95,10 @@ class Peer:
     needs: str = ""
     install: str = ""
 
-    def contender(self, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Contender:
+    def contender(self, problem: AnyProblem, *tensors: Tensor) -> Contender:
         """The plug-in's contender; raises whatever the plug-in or its library raises."""
         file, _, function = self.where.partition(":")
-        made: Contender = getattr(import_module(f"{__name__}.{file}"), function)(problem, q, k, v)
+        made: Contender = getattr(import_module(f"{__name__}.{file}"), function)(problem, *tensors)
         return made
 
 
@@ -75,6 +110,10 @@ PEERS = {
         Peer("sdpa", "SDPA causal", "sdpa:chosen"),
         Peer("sdpa-mask", "SDPA + mask", "sdpa:masked"),
         Peer("flex", "FlexAttention", "flex:contender"),
+        Peer("dense", "dense", "weights:dense"),
+        Peer("onednn", "oneDNN dense", "weights:onednn"),
+        Peer("torch-bsr", "torch BSR", "weights:bsr"),
+        Peer("cusparselt", "cuSPARSELt", "weights:cusparselt"),
         Peer("flash-attn-4", "FlashAttention-4", "flash_attn_4:contender", "flash_attn.cute", "flash-attn-4"),
         Peer("flashinfer", "FlashInfer", "flashinfer:contender", "flashinfer", "flashinfer-python"),
         Peer("minference", "MInference", "minference:contender", "minference", "minference"),
@@ -97,7 +136,7 @@ def chosen(text: str, known: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in names)
 
 
-def available(name: str, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> Contender | str:
+def available(name: str, problem: AnyProblem, *tensors: Tensor) -> Contender | str:
     """The peer's contender, once it has run, or why there is none."""
     peer = PEERS[name]
     try:
@@ -109,7 +148,7 @@ def available(name: str, problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> C
         return failure(fault)
     except Exception as fault:  # another library may fail in any way; that is its result
         return failure(fault)
-    return attempt(lambda: peer.contender(problem, q, k, v))
+    return attempt(lambda: peer.contender(problem, *tensors))
 
 
 def attempt(make: Callable[[], Contender]) -> Contender | str:
