@@ -18,12 +18,12 @@ from spgen.settings import c_compiler
 from spgen.target import Target
 
 
-def compile_source(source: str, path: Path, target: Target) -> Any:
-    """The runtime module of the PrimFunc that `source` builds; `path` is where its lines are found."""
+def compile_source(source: str, path: Path, name: str, target: Target) -> Any:
+    """The runtime module of the PrimFunc that `name()` of `source` builds; `path` is where its lines are found."""
     namespace: dict[str, Any] = {"__name__": "spgen.rendered"}
     tvm = _tvm()
     exec(compile(source, str(path), "exec"), namespace)
-    return _machine_code(tvm, namespace["attention"](), target)
+    return _machine_code(tvm, namespace[name](), target)
 
 
 def write_object(module: Any, directory: Path) -> Path:

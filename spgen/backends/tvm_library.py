@@ -17,11 +17,10 @@ from spgen.settings import logger, settings
 from spgen.target import Target
 
 _LIBRARY, _SOURCE = "kernel.so", "kernel.py"
-_FUNCTION = "attention"
 _TEMPLATES = Path(__file__).parents[1] / "templates"
 
 
-def load(kernel: Op, target: Target, *, strided: bool) -> tuple[Callable[..., None], Path | None]:
+def load(kernel: Op, target: Target, *, strided: bool = False) -> tuple[Callable[..., None], Path | None]:
     """The compiled function of a kernel, and the file of its source (None where it was compiled in memory)."""
     disk = cache.Cache()
     key = _key(kernel, target, strided)
@@ -30,21 +29,26 @@ def load(kernel: Op, target: Target, *, strided: bool) -> tuple[Callable[..., No
         _refuse_to_compile()
         if not _can_link():
             return _in_memory(kernel, target, strided), None
-        meta = {"kind": "attention", "backend": "tvm", "target": target.key, "kernel": str(kernel)}
-        directory = disk.get_or_build(key, lambda place: _write(kernel, target, strided, place), meta=meta)
+        directory = disk.get_or_build(
+            key, lambda place: _write(kernel, target, strided, place), meta=_meta(kernel, target)
+        )
     try:
-        return _function(directory / _LIBRARY), directory / _SOURCE
+        return _function(directory / _LIBRARY, kernel.kind), directory / _SOURCE
     except (OSError, RuntimeError) as fault:
         if not disk.invalidate(key, str(fault)):
             raise
     return load(kernel, target, strided=strided)
 
 
-def render_source(kernel: Op, target: Target, *, strided: bool) -> str:
-    """The builder code of a kernel."""
-    from spgen.templates.tvm.attention import attention_source
+def render_source(kernel: Op, target: Target, *, strided: bool = False) -> str:
+    """The builder code of a kernel; `strided` is for attention, whose last strides may be other than 1."""
+    if kernel.kind == "attention":
+        from spgen.templates.tvm.attention import attention_source
 
-    return attention_source(kernel, target, strided=strided)
+        return attention_source(kernel, target, strided=strided)
+    from spgen.templates.tvm.linear import linear_source
+
+    return linear_source(kernel, target)
 
 
 def compile_elsewhere(kernel: Op, target: Target) -> Path:
@@ -54,9 +58,14 @@ def compile_elsewhere(kernel: Op, target: Target) -> Path:
     directory = disk.get(key)
     if directory is None:
         _refuse_to_compile()
-        meta = {"kind": "attention", "backend": "tvm", "target": target.key, "kernel": str(kernel)}
-        directory = disk.get_or_build(key, lambda place: _write_object(kernel, target, place), meta=meta)
+        directory = disk.get_or_build(
+            key, lambda place: _write_object(kernel, target, place), meta=_meta(kernel, target)
+        )
     return directory / _SOURCE
+
+
+def _meta(kernel: Op, target: Target) -> dict[str, str]:
+    return {"kind": kernel.kind, "backend": "tvm", "target": target.key, "kernel": str(kernel)}
 
 
 def _write_object(kernel: Op, target: Target, directory: Path) -> None:
@@ -64,7 +73,7 @@ def _write_object(kernel: Op, target: Target, directory: Path) -> None:
 
     source = directory / _SOURCE
     source.write_text(render_source(kernel, target, strided=False), encoding="utf-8")
-    write_object(compile_source(source.read_text(encoding="utf-8"), source, target), directory)
+    write_object(compile_source(source.read_text(encoding="utf-8"), source, kernel.kind, target), directory)
 
 
 def _write(kernel: Op, target: Target, strided: bool, directory: Path) -> None:
@@ -72,16 +81,16 @@ def _write(kernel: Op, target: Target, strided: bool, directory: Path) -> None:
 
     source = directory / _SOURCE
     source.write_text(render_source(kernel, target, strided=strided), encoding="utf-8")
-    link(compile_source(source.read_text(encoding="utf-8"), source, target), directory)
+    link(compile_source(source.read_text(encoding="utf-8"), source, kernel.kind, target), directory)
 
 
-def _function(library: Path) -> Callable[..., None]:
+def _function(library: Path, name: str) -> Callable[..., None]:
     try:
         import tvm_ffi
     except ImportError:
         raise ToolchainError("tvm_ffi", given="not installed", remedy="pip install 'spgen[cpu]'") from None
     openmp.register()
-    found: Callable[..., None] = tvm_ffi.load_module(str(library))[_FUNCTION]
+    found: Callable[..., None] = tvm_ffi.load_module(str(library))[name]
     return found
 
 
@@ -92,7 +101,8 @@ def _in_memory(kernel: Op, target: Target, strided: bool) -> Callable[..., None]
     os.environ.setdefault("TVM_BIND_THREADS", "0")  # its threads would pin this one to a core
     logger().warning("no linker or C compiler: this kernel is compiled in memory and runs on TVM's own threads")
     source = render_source(kernel, target, strided=strided)
-    found: Callable[..., None] = compile_source(source, Path("<spgen kernel>"), target)[_FUNCTION]
+    module = compile_source(source, Path("<spgen kernel>"), kernel.kind, target)
+    found: Callable[..., None] = module[kernel.kind]
     return found
 
 

@@ -128,7 +128,7 @@ def test_vectors_of_another_processor_are_used(arch: str, name: str) -> None:
     target = Target.of(arch)
     kernel = ALL_CASES[name](default_config(64, 64, "float32", target).block_m, 64).kernel
     source = tvm_library.render_source(kernel, target, strided=False)
-    assembly = tvm_compile.compile_source(source, Path("kernel.py"), target).inspect_source("asm")
+    assembly = tvm_compile.compile_source(source, Path("kernel.py"), "attention", target).inspect_source("asm")
     instructions = Counter(re.findall(r"^\t([a-z][\w.]*)", assembly, re.MULTILINE))
     assert instructions[MACHINES[target.triple.partition("-")[0]][1]] >= 16
     called = set(re.findall(r"^\t(?:bl|call|callq)\s+([\w@]+)", assembly, re.MULTILINE))

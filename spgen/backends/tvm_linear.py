@@ -1,0 +1,108 @@
+"""Products with sparse weights on the CPU: kernels for TVM, compiled and launched as those of attention."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spgen.backends.tvm_library import compile_elsewhere, load, render_source
+from spgen.errors import DeviceError
+from spgen.ir.config import Config
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.templates.tvm.linear_schedule import check, linear_tiles, tiles_of
+from spgen.weights.compile import Request, Sizes
+from spgen.weights.storage import Stored
+
+_local = threading.local()
+
+
+def default_config(request: Request, sizes: Sizes) -> Config:
+    """Dot products for few rows of x, else as many rows in the lanes as waste the fewest of them."""
+    return linear_tiles(sizes.m, request.transposed, request.target)
+
+
+def build(kernel: Op, target: Target) -> LinearKernel:
+    """The launchable form of a level-3 `linear` kernel, from the cache or compiled.
+
+    Raises UnsupportedError for what no CPU kernel does, ToolchainError where a tool is missing.
+    """
+    check(kernel, target)
+    return LinearKernel(kernel, target)
+
+
+class _Compiled:
+    """A compiled kernel. Calls block until the result is there; any thread may call."""
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        self.kernel, self.target = kernel, target
+        self._function: Callable[..., None]
+        self.path: Path | None
+        if target.triple:
+            self._function, self.path = self._elsewhere, compile_elsewhere(kernel, target)
+        else:
+            self._function, self.path = load(kernel, target)
+
+    @property
+    def source(self) -> str:
+        """The rendered builder code."""
+        if self.path is None:
+            return render_source(self.kernel, self.target)
+        return self.path.read_text(encoding="utf-8")
+
+    def _elsewhere(self, *arguments: Any) -> None:
+        raise DeviceError("kernel", given=f"one for {self.target.triple}", allowed="one for this machine: target cpu")
+
+
+class LinearKernel(_Compiled):
+    """y = activation(x W^T + bias) and its kin."""
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        super().__init__(kernel, target)
+        self._tiles = tiles_of(kernel, target)
+        self._index = {"blocks": slice(3, 7) if kernel["transposed"] else slice(0, 3)}.get(
+            kernel["storage"], slice(None)
+        )
+
+    def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
+        """Write `y`; shapes, dtypes and devices are the caller's promise."""
+        if not y.numel():
+            return
+        tiles = self._tiles
+        m, inputs = x.shape
+        width = tiles.padded(inputs)
+        arguments: list[Any] = [x]
+        if not tiles.dots:
+            row_tiles = -(-m // tiles.block_m)
+            staged = _memory("staged", row_tiles * width * tiles.block_m).view(row_tiles, width, tiles.block_m)
+        elif in_place := width == inputs and x.dtype == torch.float32:
+            staged = x
+        else:
+            staged = _memory("staged", m * width).view(m, width)
+        arguments += [staged, y]
+        if bias is not None:
+            arguments.append(bias.to(x.dtype))
+        for weight in weights:
+            values = weight.values
+            arguments.append(values if values.is_floating_point() and values.itemsize > 1 else values.view(torch.uint8))
+            if weight.scales is not None:
+                arguments.append(weight.scales)
+            arguments += weight.index[self._index]
+        if tiles.dots:
+            arguments.append(int(not in_place))
+        workers = torch.get_num_threads()
+        self._function(*arguments, _memory("scratch", workers * tiles.scratch).view(workers, tiles.scratch))
+
+
+def _memory(name: str, size: int) -> Tensor:
+    """fp32 values that this thread's calls share."""
+    kept: Tensor | None = getattr(_local, name, None)
+    if kept is None or len(kept) < size:
+        kept = torch.empty(size)
+        setattr(_local, name, kept)
+    return kept[:size]

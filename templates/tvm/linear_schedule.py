@@ -1,0 +1,148 @@
+"""Tiles of a CPU kernel for products with sparse weights: what its schedule says, and the memory that it needs.
+
+Needed at each start, so it imports neither Jinja nor the templates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from spgen.errors import UnsupportedError
+from spgen.ir.config import Config
+from spgen.ir.kernel import option
+from spgen.ir.node import Op
+from spgen.ir.register_tiles import most_rows
+from spgen.target import Target
+from spgen.templates.tvm.schedule import DTYPES, Isa, isa_of
+
+VALUES = (*DTYPES, "int8", "int4", "float8_e4m3fn")
+WORD = 64  # columns of a word of bits
+DOTS = 12  # rows of x up to which the features lie in the lanes
+_MOST_DOTS = 16
+_REGISTERS = 4  # rows of x whose sums share a register tile of dot products
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel divides its work.
+
+    A task computes block_m rows of `outputs` columns of y: those of `units` block rows (block columns of transposed
+    weights), or that many rows of other storages. It adds up steps of `depth` inputs: a block, or a segment of a row.
+    `dots`: the inputs lie in the lanes and the sums are of vectors; otherwise the rows of x lie in the lanes.
+    `direct`: weights are used as they lie in memory.
+    """
+
+    lanes: int
+    dots: bool
+    block_m: int
+    block_n: int
+    units: int
+    outputs: int
+    depth: int
+    weights: int
+    direct: bool
+
+    @property
+    def wide(self) -> int:
+        """Outputs as whole vectors."""
+        return _whole(self.outputs, self.lanes)
+
+    @property
+    def deep(self) -> int:
+        """Depth as whole vectors."""
+        return _whole(self.depth, self.lanes)
+
+    @property
+    def sums(self) -> int:
+        """fp32 values of a task's sums for one weight."""
+        return self.wide * self.block_m * (self.lanes if self.dots else 1)
+
+    @property
+    def panel(self) -> int:
+        """fp32 values of a step's weights, where they are not used as they lie in memory."""
+        return 0 if self.direct else (self.deep if self.dots else self.wide * self.deep)
+
+    @property
+    def scratch(self) -> int:
+        """fp32 values of memory for each worker."""
+        return self.weights * self.sums + self.panel + self.lanes
+
+    def padded(self, inputs: int) -> int:
+        """The width of x as it is staged: whole steps, and vectors that begin at the last input of a step."""
+        beyond = self.lanes if self.dots and self.depth % self.lanes else 0
+        return _whole(_whole(inputs, self.depth) + beyond, 1 if self.dots else self.lanes)
+
+
+def tiles_of(kernel: Op, target: Target) -> Tiles:
+    """The tiles of a `linear` kernel."""
+    isa = isa_of(target)
+    r, c = kernel["rows"], kernel["cols"]
+    dots = bool(option(kernel, "dots", 0))
+    blocks = kernel["storage"] == "blocks"
+    if blocks:
+        height, depth = (c, r) if kernel["transposed"] else (r, c)
+        units = max(1, isa.lanes // height)
+        outputs = units * height
+    else:
+        segment = segment_of(kernel)
+        units, outputs, depth = (1, segment, WORD) if kernel["transposed"] else (WORD, WORD, segment)
+    return Tiles(
+        lanes=isa.lanes, dots=dots, block_m=kernel["block_m"], block_n=kernel["block_n"], units=units, outputs=outputs,
+        depth=depth, weights=2 if kernel["gated"] else 1,
+        direct=blocks and (dots or (kernel["values"] == "float32" and not kernel["scales"])),
+    )  # fmt: skip
+
+
+def segment_of(kernel: Op) -> int:
+    """Columns of a row that are expanded at a time: whole words and whole groups."""
+    return math.lcm(WORD, kernel["cols"]) if kernel["storage"] == "n_of_m" else WORD
+
+
+def expands(kernel: Op, isa: Isa) -> bool:
+    """Whether full groups are expanded by vectors of bits: int4 only if each vector begins with a byte."""
+    if kernel["values"] != "int4":
+        return True
+    n, m = kernel["rows"], kernel["cols"]
+    return isa.scalef and isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0
+
+
+def linear_tiles(m: int, transposed: bool, target: Target) -> Config:
+    """The configuration for `m` rows of x."""
+    isa = isa_of(target)
+    if not transposed and m <= DOTS:
+        rows = next(rows for rows in (1, 2, 3, 4, 6, 8, 12, 16) if rows >= m)
+        return Config(rows, dot_outputs(rows), ("dots=1",))
+    most = max(1, isa.block_m // isa.lanes)
+    # the fewest rows beyond the last, then the largest tiles
+    vectors = min(range(1, most + 1), key=lambda count: (_whole(max(m, 1), count * isa.lanes), -count))
+    return Config(vectors * isa.lanes, most_rows(vectors, isa.registers))
+
+
+def dot_rows(block_m: int) -> int:
+    """Rows of x in a register tile of dot products."""
+    return max(rows for rows in range(1, _REGISTERS + 1) if block_m % rows == 0)
+
+
+def dot_outputs(block_m: int) -> int:
+    """Outputs in such a tile."""
+    return {1: 8, 2: 8, 3: 6}.get(dot_rows(block_m), 4)
+
+
+def check(kernel: Op, target: Target) -> None:
+    """Raises UnsupportedError for what no CPU kernel does."""
+    isa = isa_of(target)
+    if kernel["dtype"] not in DTYPES:
+        raise UnsupportedError("dtype on the CPU", given=kernel["dtype"], allowed=", ".join(DTYPES))
+    if kernel["values"] not in VALUES:
+        raise UnsupportedError("stored values on the CPU", given=kernel["values"], allowed=", ".join(VALUES))
+    dots = option(kernel, "dots", 0)
+    if dots and kernel["transposed"]:
+        raise UnsupportedError("schedule: dots", given="of a transposed weight", allowed="dots=0")
+    unit, most = (1, _MOST_DOTS) if dots else (isa.lanes, 8 * isa.lanes)
+    if kernel["block_m"] % unit or not 0 < kernel["block_m"] <= most:
+        raise UnsupportedError("schedule: block_m", given=kernel["block_m"], allowed=f"a multiple of {unit} to {most}")
+
+
+def _whole(size: int, unit: int) -> int:
+    return -(-size // unit) * unit

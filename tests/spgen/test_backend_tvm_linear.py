@@ -1,0 +1,224 @@
+"""Products with sparse weights on this CPU, and as if it were another one, against float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spgen.backends.tvm_linear import build
+from spgen.errors import DeviceError, UnsupportedError
+from spgen.ir.config import Config
+from spgen.target import Target
+from spgen.weights.compile import Request, Sizes, kernel_of, linear_kernel
+from spgen.weights.storage import Layout, Stored, pack, quantized, values_dtype
+from tests.cpu_kernels import CPU, HAS_AVX512, OTHERS
+
+pytest.importorskip("tvm")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+}
+# of the result, beside what the sums of float32 lose
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["blocks(64, 64)", "blocks(32, 16)", "blocks(7, 5)", "blocks(1, 16)", "blocks(4, 40)", "n_of_m(2, 4)",
+           "n_of_m(4, 8)", "n_of_m(1, 3)", "n_of_m(8, 16)", "bitmap()"]  # fmt: skip
+
+
+def weight(
+    n: int, k: int, text: str, share: float = 0.4, *, dtype: torch.dtype = torch.float32, values: str | None = None,
+    seed: int = 0,
+) -> Stored:  # fmt: skip
+    """About `share` of the values of a weight [n, k]; of n_of_m, all that may be, unless it is less than half."""
+    random = torch.Generator().manual_seed(seed)
+    layout = Layout.read(text)
+    r, c = layout.rows, layout.cols
+    if layout.kind == "blocks":
+        blocks = torch.rand(-(-n // r), -(-k // c), generator=random) < share
+        mask = blocks.repeat_interleave(r, 0).repeat_interleave(c, 1)[:n, :k]
+    elif layout.kind == "bitmap":
+        mask = torch.rand(n, k, generator=random) < share
+    else:
+        rank = torch.rand(n, -(-k // c), c, generator=random).argsort(-1).argsort(-1)
+        mask = (rank < r).flatten(1)[:, :k]
+        mask &= (torch.rand(n, k, generator=random) < 2 * share) | (share > 0.3)
+    stored = pack(torch.randn(n, k, generator=random).to(dtype), mask, layout)
+    return stored if values is None else quantized(stored, values)
+
+
+def check(
+    stored: Stored, m: int, *, dtype: torch.dtype = torch.float32, target: Target = CPU, transposed: bool = False,
+    up: Stored | None = None, bias: Tensor | None = None, activation: str = "none", x: Tensor | None = None,
+    config: Config | None = None,
+) -> None:  # fmt: skip
+    """Run a product over memory that was something else before, and compare."""
+    n, k = stored.shape
+    if x is None:
+        x = torch.randn(m, n if transposed else k, generator=torch.Generator().manual_seed(1)).to(dtype)
+    weights = [stored] if up is None else [stored, up]
+    request = Request(
+        str(dtype).removeprefix("torch."), stored.layout, values_dtype(stored), stored.scales is not None, target,
+        transposed, up is not None, bias is not None, activation,
+    )  # fmt: skip
+    sizes = Sizes(m, n, k, stored.values.numel())
+    found = torch.full((m, k if transposed else n), 7.0, dtype=dtype)
+    kernel = linear_kernel(request, sizes) if config is None else build(kernel_of(request, sizes, config), target)
+    kernel(x, weights, bias, found)
+    expected, size = products(weights, x.double(), bias, activation, transposed)
+    rounding = ROUNDING[dtype] * (1 + expected.abs()) + 1e-6 * size
+    assert torch.all((found.double() - expected).abs() <= rounding)
+
+
+def products(
+    weights: list[Stored], x: Tensor, bias: Tensor | None, activation: str, transposed: bool
+) -> tuple[Tensor, Tensor]:
+    """The product in float64, and the size of what was added up for it."""
+    total, size = torch.ones(1), torch.ones(1)
+    for n, stored in enumerate(weights):
+        dense = stored.dense().double()
+        dense = dense if transposed else dense.T
+        one = x @ dense
+        if n == 0:
+            one = ACTIVATIONS[activation](one if bias is None else one + bias.double())
+        total, size = total * one, size * (1 + x.abs() @ dense.abs())
+    return total, size
+
+
+@given(
+    st.sampled_from(LAYOUTS), st.integers(1, 150), st.integers(1, 220), st.integers(0, 70),
+    st.sampled_from([0.0, 0.2, 0.6, 1.0]), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_shape(text: str, n: int, k: int, m: int, share: float, transposed: bool) -> None:
+    check(weight(n, k, text, share), m, transposed=transposed)
+
+
+@pytest.mark.parametrize("m", [1, 3, 16, 70])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_bias_and_activations(activation: str, m: int) -> None:
+    stored = weight(70, 90, "blocks(16, 32)")
+    check(stored, m, bias=torch.randn(70), activation=activation)
+    check(stored, m, bias=3 * torch.randn(70), activation=activation, up=weight(70, 90, "blocks(16, 32)", seed=1))
+
+
+@pytest.mark.parametrize("m", [2, 33])
+@pytest.mark.parametrize("text", ["n_of_m(2, 4)", "bitmap()", "blocks(1, 16)"])
+def test_gates_of_other_storages(text: str, m: int) -> None:
+    stored, up = (weight(70, 90, text, seed=seed) for seed in range(2))
+    check(stored, m, up=up, bias=torch.randn(70), activation="silu")
+
+
+def test_activations_of_extremes() -> None:
+    stored = pack(torch.eye(16), torch.eye(16, dtype=torch.bool), Layout("blocks", 16, 16))
+    x = torch.tensor(
+        [-1e30, -100.0, -20.0, -9.0, -5.0, -1.0, -1e-3, -0.0, 0.0, 1e-20, 1e-3, 1.0, 5.0, 9.0, 100.0, 1e30]
+    )
+    for activation in ACTIVATIONS:
+        check(stored, 1, x=x[None], activation=activation)
+        check(stored, 40, x=x[None].expand(40, 16).contiguous(), activation=activation)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:])
+@pytest.mark.parametrize("m", [1, 6, 40])
+@pytest.mark.parametrize("text", ["blocks(16, 16)", "blocks(7, 5)", "n_of_m(2, 4)", "bitmap()"])
+def test_types_of_16_bits(text: str, m: int, dtype: torch.dtype) -> None:
+    bias = torch.randn(50).to(dtype)
+    check(weight(50, 100, text, dtype=dtype), m, dtype=dtype, bias=bias, activation="silu")
+    check(weight(50, 100, text, dtype=dtype), m, dtype=dtype, transposed=True)
+
+
+@pytest.mark.parametrize("values", ["int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("m", [1, 6, 40])
+@pytest.mark.parametrize("text", ["blocks(16, 16)", "blocks(7, 10)", "n_of_m(2, 4)", "n_of_m(2, 10)", "bitmap()"])
+def test_quantized_values(text: str, m: int, values: str) -> None:
+    if text == "bitmap()" and values == "int4":
+        pytest.skip("no such storage")
+    check(weight(50, 100, text, values=values), m)
+    check(weight(50, 100, text, 0.1, values=values), m, dtype=torch.bfloat16)
+    check(weight(50, 100, text, values=values), m, transposed=True)
+
+
+def test_every_code_of_float8() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().nan_to_num()
+    mask = torch.ones(16, 16, dtype=torch.bool)
+    stored = pack(codes.view(16, 16), mask, Layout("blocks", 16, 16))
+    check(quantized(stored, "float8_e4m3fn"), 3)
+
+
+@pytest.mark.parametrize("m", [1, 5, 20])
+def test_rows_of_x_at_any_distance(m: int) -> None:
+    x = torch.randn(m, 300)[:, 7:135]
+    check(weight(64, 128, "blocks(32, 32)"), m, x=x)
+    check(weight(64, 128, "n_of_m(2, 4)"), m, x=x)
+
+
+def test_values_beside_x_are_not_read() -> None:
+    wide = torch.full((3, 96), float("nan"))
+    wide[:, :50] = torch.randn(3, 50)
+    for text in ("blocks(16, 16)", "blocks(7, 5)", "n_of_m(2, 4)", "bitmap()"):
+        check(weight(40, 50, text), 3, x=wide[:, :50])
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("isa", ["avx2", "sse2"])
+@pytest.mark.parametrize("m", [1, 11, 24])
+@pytest.mark.parametrize("text", ["blocks(16, 16)", "blocks(7, 5)", "n_of_m(2, 4)", "bitmap()"])
+def test_narrower_vectors(text: str, m: int, isa: str) -> None:
+    check(weight(50, 100, text), m, target=OTHERS[isa], bias=torch.randn(50), activation="gelu")
+    check(weight(50, 100, text, values="int8"), m, target=OTHERS[isa], dtype=torch.float16)
+    check(weight(50, 100, text), m, target=OTHERS[isa], transposed=True)
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("isa", ["avx2", "sse2"])
+def test_pairs_in_a_byte_in_narrower_vectors(isa: str) -> None:
+    check(weight(50, 100, "blocks(16, 16)", values="int4"), 3, target=OTHERS[isa])
+    check(weight(50, 100, "n_of_m(2, 4)", values="int4"), 3, target=OTHERS[isa])
+
+
+@pytest.mark.parametrize("device", ["aarch64", "riscv64"])
+@pytest.mark.parametrize("text", ["blocks(32, 32)", "n_of_m(2, 4)"])
+def test_other_processors_are_compiled_for(text: str, device: str) -> None:
+    target = Target.of(device)
+    for m in (1, 64):
+        request = Request("float32", Layout.read(text), "float32", False, target, activation="gelu")
+        kernel = linear_kernel(request, Sizes(m, 64, 64, 0))
+        assert kernel.path.with_name("kernel.o").exists()
+        with pytest.raises(DeviceError, match="one for this machine"):
+            kernel(torch.zeros(1, 64), [weight(64, 64, text)], None, torch.zeros(1, 64))
+
+
+def test_two_calls_give_the_same_bits() -> None:
+    stored = weight(256, 512, "blocks(32, 32)")
+    x, y, again = torch.randn(33, 512), torch.empty(33, 256), torch.empty(33, 256)
+    request = Request("float32", stored.layout, "float32", False, CPU)
+    kernel = linear_kernel(request, Sizes(33, 256, 512, stored.values.numel()))
+    kernel(x, [stored], None, y)
+    kernel(x, [stored], None, again)
+    assert torch.equal(y, again)
+
+
+def test_what_no_kernel_does_is_refused() -> None:
+    request = Request("float32", Layout("blocks", 16, 16), "float32", False, CPU)
+    sizes = Sizes(1, 64, 64, 0)
+    with pytest.raises(UnsupportedError, match="block_m"):
+        build(kernel_of(request, sizes, Config(CPU.simd + 1, 6)), CPU)
+    with pytest.raises(UnsupportedError, match="block_m"):
+        build(kernel_of(request, sizes, Config(64, 6, ("dots=1",))), CPU)
+    with pytest.raises(UnsupportedError, match="dots"):
+        build(kernel_of(Request("float32", Layout("blocks", 16, 16), "float32", False, CPU, True), sizes,
+                        Config(1, 6, ("dots=1",))), CPU)  # fmt: skip
+    with pytest.raises(UnsupportedError, match="float64"):
+        build(kernel_of(Request("float64", Layout("blocks", 16, 16), "float64", False, CPU), sizes, Config(16, 6)), CPU)
+    with pytest.raises(UnsupportedError, match="float8_e5m2"):
+        build(kernel_of(Request("float32", Layout("blocks", 16, 16), "float8_e5m2", True, CPU), sizes, Config(16, 6)),
+              CPU)  # fmt: skip
