@@ -46,7 +46,7 @@ def render_source(kernel: Op, target: Target, *, strided: bool = False) -> str:
         from spgen.templates.tvm.attention import attention_source
 
         return attention_source(kernel, target, strided=strided)
-    from spgen.templates.tvm.linear import linear_source
+    from spgen.templates.tvm.weights.linear import linear_source
 
     return linear_source(kernel, target)
 
@@ -131,7 +131,7 @@ def _key(kernel: Op, target: Target, strided: bool) -> str:
 @lru_cache(maxsize=1)
 def _generator() -> str:
     """Changes with everything that turns a kernel's text into code."""
-    files = sorted(file for file in (_TEMPLATES / "tvm").iterdir() if file.suffix in (".py", ".jinja"))
+    files = sorted(file for file in (_TEMPLATES / "tvm").rglob("*") if file.suffix in (".py", ".jinja"))
     digest = hashlib.sha256()
     for file in (*files, _TEMPLATES / "render.py", Path(__file__).with_name("tvm_compile.py")):
         digest.update(file.read_bytes())

@@ -15,7 +15,7 @@ from spgen.errors import DeviceError
 from spgen.ir.config import Config
 from spgen.ir.node import Op
 from spgen.target import Target
-from spgen.templates.tvm.linear_schedule import check, linear_tiles, tiles_of
+from spgen.templates.tvm.weights.schedule import check, linear_tiles, tiles_of
 from spgen.weights.compile import Request, Sizes
 from spgen.weights.storage import Stored
 

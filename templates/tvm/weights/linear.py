@@ -5,8 +5,8 @@ from __future__ import annotations
 from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.render import render
-from spgen.templates.tvm.linear_schedule import check, dot_rows, expands, segment_of, tiles_of
 from spgen.templates.tvm.schedule import Isa, isa_of
+from spgen.templates.tvm.weights.schedule import check, dot_rows, expands, segment_of, tiles_of
 
 
 def linear_source(kernel: Op, target: Target) -> str:
@@ -18,7 +18,7 @@ def linear_source(kernel: Op, target: Target) -> str:
     isa, tiles = isa_of(target), tiles_of(kernel, target)
     height = tiles.outputs // tiles.units if kernel["storage"] == "blocks" else tiles.outputs
     return render(
-        "tvm/linear.py.jinja",
+        "tvm/weights/linear.py.jinja",
         kernel=str(kernel),
         tiles=tiles,
         **{name: kernel[name] for name in ("storage", "rows", "cols", "transposed", "gated", "bias", "activation")},
@@ -38,7 +38,7 @@ def _helpers(dtype: str, values: str, isa: Isa) -> str:
     text = render(
         "tvm/helpers.ll.jinja", lanes=lanes, scalef=isa.scalef, x86=isa.x86, fma="fma" if isa.fma else "fmuladd"
     )
-    text += render("tvm/stored.ll.jinja", lanes=lanes, dtype=values, converts=isa.converts, expands=isa.scalef)
+    text += render("tvm/weights/stored.ll.jinja", lanes=lanes, dtype=values, converts=isa.converts, expands=isa.scalef)
     if dtype == "float32":
         return text
     return text + render("tvm/elements.ll.jinja", lanes=lanes, dtype=dtype, converts=isa.converts, pairs=False)

@@ -1,0 +1,1 @@
+"""Products with sparse weights on CPUs: templates that render code for TVM's IR builder."""
