@@ -6,7 +6,7 @@ module registers the operators; `sp.linear` does so by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -19,6 +19,9 @@ from spgen.ir.kernel import ACTIVATIONS
 from spgen.target import Target
 from spgen.weights.compile import Request, Sizes, linear_kernel, sampled_kernel
 from spgen.weights.storage import Layout, Stored, taken, values_dtype
+
+_MANY_CALLS = 4096  # different calls to remember
+_ready: dict[tuple[Any, ...], Callable[..., None]] = {}
 
 Index: TypeAlias = "Sequence[Tensor]"
 
@@ -83,17 +86,35 @@ def product(
     x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None, activation: str, *, transposed: bool = False
 ) -> Tensor:
     """activation(x W^T + bias) of one weight, gated of two; transposed: x W."""
-    width, height = weights[0].shape[::-1] if not transposed else weights[0].shape
-    _check(x, weights, bias, activation, width)
-    rows = _rows(x)
-    y = x.new_empty(*x.shape[:-1], height)
-    if not y.numel():
-        return y
-    stored = sum(weight.values.numel() for weight in weights)
-    request = request_of(x, weights, transposed, bias is not None, activation)
-    kernel = linear_kernel(request, Sizes(_bucket(rows.shape[0]), *weights[0].shape, stored))
-    kernel(rows, weights, bias, y.view(-1, height))
+    first = weights[0]
+    key = (
+        x.shape, x.stride(), x.dtype, x.device, first.layout, first.shape, activation, transposed,
+        None if bias is None else (bias.shape, bias.dtype),
+        *[(w.values.shape, w.values.dtype, w.values.device, w.scales is None) for w in weights],
+    )  # fmt: skip
+    kernel = _ready.get(key)
+    if kernel is None:
+        kernel = _prepared(x, weights, bias, activation, transposed)
+        if len(_ready) >= _MANY_CALLS:
+            _ready.clear()
+        _ready[key] = kernel
+    y = x.new_empty(*x.shape[:-1], first.shape[1 if transposed else 0])
+    if y.numel():
+        kernel(_rows(x), weights, bias, y.view(-1, y.shape[-1]))
     return y
+
+
+def _prepared(
+    x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None, activation: str, transposed: bool
+) -> Callable[..., None]:
+    """Checks a new kind of call and compiles its kernel."""
+    shape = weights[0].shape
+    _check(x, weights, bias, activation, shape[0 if transposed else 1])
+    rows = x.numel() // max(x.shape[-1], 1)
+    sizes = Sizes(_bucket(max(rows, 1)), *shape, sum(weight.values.numel() for weight in weights))
+    request = request_of(x, weights, transposed, bias is not None, activation)
+    found: Callable[..., None] = linear_kernel(request, sizes)
+    return found
 
 
 def _bucket(rows: int) -> int:
