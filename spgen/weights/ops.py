@@ -188,7 +188,7 @@ def _gradients(
     return (
         torch.ops.spgen.linear_of_inputs(g, values, index, scales, *where) if of_x else None,
         torch.ops.spgen.linear_of_weights(g, x, values, index, *where) if of_values else None,
-        None,
+        [None] * len(index),
         None,
         g.reshape(-1, g.shape[-1]).sum(0) if bias is not None and of_bias else None,
     )
@@ -220,7 +220,8 @@ def _back_gated(ctx: Any, g: Tensor) -> Any:
         d_up = torch.ops.spgen.linear_of_weights(g_up, x, up, of_up, *where)
     if bias is not None and ctx.needs_input_grad[7]:
         d_bias = g_gate.reshape(-1, g.shape[-1]).sum(0)
-    return dx, d_gate, None, None, d_up, None, None, d_bias, None, None, None, None
+    none = [None] * ctx.split
+    return dx, d_gate, none, None, d_up, none, None, d_bias, None, None, None, None
 
 
 def _refuse_quantized(scales: Tensor | None, wanted: bool) -> None:
