@@ -1,7 +1,7 @@
 """Workloads: calls that are tuned together, named ones or those of a file.
 
 A file holds `{"name": {"about": "…", "call": {…}, "cases": [{…}, …]}}`: `call` is what the cases have in common, and a
-case says the rest. Fields are those of :class:`Case`.
+case says the rest. Fields are those of :class:`Case`, for attention, or of :class:`ProductCase`, which has `outputs`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from spgen.errors import WorkloadError
 
@@ -45,6 +45,25 @@ class Case:
             object.__setattr__(self, name, getattr(self, name) or same)
 
 
+@dataclass(frozen=True)
+class ProductCase:
+    """A product of `rows` rows of x with sparse weights, from `inputs` to `outputs` features.
+
+    `pattern` selects from random weights: `block(64, density=0.1)`; `values` quantises them. `form` is "linear",
+    "gated" (two weights at a time), or "transposed" (the gradient of x).
+    """
+
+    name: str
+    pattern: str
+    rows: int
+    outputs: int
+    inputs: int
+    dtype: str = "bfloat16"
+    values: str = ""
+    form: str = "linear"
+
+
+AnyCase: TypeAlias = "Case | ProductCase"
 _TYPES = {"str": str, "int": int, "float": (int, float)}
 
 
@@ -53,7 +72,7 @@ def named() -> Mapping[str, str]:
     return {name: str(one["about"]) for name, one in _shipped().items()}
 
 
-def load(name: str) -> list[Case]:
+def load(name: str) -> list[AnyCase]:
     """The cases of a shipped workload, or of all workloads in a JSON file.
 
     Raises WorkloadError for an unknown name (it lists the known ones), and for a file that cannot be read, naming the
@@ -89,15 +108,16 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def _cases(subject: str, workload: str, one: Any) -> list[Case]:
+def _cases(subject: str, workload: str, one: Any) -> list[AnyCase]:
     if not isinstance(one, dict) or not isinstance(one.get("cases"), list) or not one["cases"]:
         raise WorkloadError(subject, given="no cases", allowed='{"call": {…}, "cases": [{…}]}')
     call = one.get("call", {})
     return [_case(f"{subject}: case {n}", workload, {**call, **each}) for n, each in enumerate(one["cases"])]
 
 
-def _case(subject: str, workload: str, given: Mapping[str, Any]) -> Case:
-    known = {field.name: field for field in fields(Case)}
+def _case(subject: str, workload: str, given: Mapping[str, Any]) -> AnyCase:
+    made = ProductCase if "outputs" in given else Case
+    known = {field.name: field for field in fields(made)}
     unknown = sorted(set(given) - set(known))
     missing = [name for name, field in known.items() if field.default is MISSING and name not in given]
     if unknown or missing:
@@ -111,4 +131,4 @@ def _case(subject: str, workload: str, given: Mapping[str, Any]) -> Case:
             raise WorkloadError(f"{subject}: {name}", given=repr(value), allowed=kind)
         if kind != "str" and value <= 0:
             raise WorkloadError(f"{subject}: {name}", given=value, allowed="a number above 0")
-    return Case(**{**given, "name": f"{workload}: {given['name']}"})
+    return made(**{**given, "name": f"{workload}: {given['name']}"})

@@ -24,6 +24,16 @@ from spgen.ir.text import Tree, float_text, parse
 PREDICATE_VARIABLES = ("b", "h", "i", "j")
 INTEGERS = ("int32", "int64")
 MASKS = ("bool", "uint8")
+MAGNITUDE = "magnitude()"  # the score of selections that name none: the size of weights
+
+
+def by_weights(kind: str, attrs: Mapping[str, Any]) -> bool:
+    """Whether these attributes are a selection without a score, which then ranks weights by their size."""
+    if attrs.get("scores") is not None:
+        return False
+    if kind == "n_of_m":
+        return attrs.get("mask") is None
+    return kind in ("block", "top_k") and attrs.get("density" if kind == "block" else "k") is not None
 
 
 def _at_least(op: Op, **floors: int) -> SpgenError | None:
@@ -359,6 +369,8 @@ class _Reader:
             name: attrs[value[1:]] if isinstance(value, str) and value.startswith("=") else value
             for name, value in attrs.items()
         }
+        if by_weights(tree.head, resolved):
+            resolved["scores"] = MAGNITUDE
         return PATTERN.make(tree.head, *operands, **resolved)
 
     def _value(self, tree: Tree, kind: str) -> Any:

@@ -11,6 +11,7 @@ from spgen.errors import ToolchainError
 from spgen.passes.schedule import Call
 from spgen.target import Target
 from spgen.tuned import Sizes, request_for
+from spgen.weights.compile import Job, kernel_of_job
 
 
 def compile_text(
@@ -44,8 +45,10 @@ def compile_request(request: Request, *, all_variants: bool = False) -> Any:
     return kernel
 
 
-def resources_of(request: Request) -> Resources:
+def resources_of(request: Request | Job) -> Resources:
     """What the kernel of a request takes of its target, compiled now if it is not in the cache; nothing on a CPU."""
+    if isinstance(request, Job):
+        return Resources(**kernel_of_job(request).precompile())
     kernel = compiled(request).kernel
     if request.target.kind == "cpu":
         return Resources()

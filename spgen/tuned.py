@@ -138,6 +138,12 @@ def choice(request: Request, sizes: Sizes) -> Choice:
     return replace(found, other_form=others.record is not None)
 
 
+def record_of(target: Target, key: Key, bucket: Bucket) -> Choice:
+    """The record of a kind of kernels with the nearest sizes."""
+    known = _candidates(target, key) if settings().records else ()
+    return _nearest(known, key, bucket, toolchain(target), lambda record: True) if known else Choice()
+
+
 def is_of_form(record: Record, default: Config) -> bool:
     """Whether a record knows today's default: one that was made when the default had another form does not."""
     return record.default.option("warpgroups") == default.option("warpgroups")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -95,6 +95,12 @@ class BlockProduct:
         self.program.launch(LINEAR, [*tensors, order, parts], numbers, grid)
         rest = (width, y.numel())
         self.program.launch(FINISH, [parts, *results], rest, -(-y.numel() // linear.FINISHED))
+
+    def precompile(self) -> Mapping[str, int]:
+        """Bring the binaries of contiguous calls into the cache; what the product's takes."""
+        for entry in linear.entries(self.kernel):
+            self.program.binary(entry)
+        return self.program.binary(LINEAR).resources
 
     def _tensors(self, weight: Stored) -> list[Tensor]:
         indptr, indices, _, back_indptr, back_indices, blocks, _ = weight.index

@@ -15,7 +15,7 @@ from spgen.errors import DeviceError, RecordError, ShapeError, UnsupportedError,
 
 if TYPE_CHECKING:
     from spgen.autotune.records import Record, Records
-    from spgen.autotune.workloads import Case
+    from spgen.autotune.workloads import AnyCase, Case
     from spgen.ir.config import Config
     from spgen.target import Target
     from spgen.tuning.session import Place
@@ -76,7 +76,7 @@ def autotune(
     if merge:
         _merge(known, path, merge)
         return
-    cases = [case for name in workload or [] for case in workloads.load(name)]
+    cases: list[AnyCase] = [case for name in workload or [] for case in workloads.load(name)]
     cases += [_case(pattern, call, density)] if pattern else []
     if not cases:
         raise WorkloadError(
@@ -84,7 +84,7 @@ def autotune(
             remedy="spgen autotune --list shows the named workloads",
         )  # fmt: skip
     if offline:
-        _offline(cases, target, effort.value)
+        _offline(_of_attention(cases), target, effort.value)
         return
     known.update(path)  # a file that cannot be written is told before minutes of work, not after
     done = [record for case in cases if (record := _finished(known, case, target, effort)) is not None]
@@ -169,18 +169,21 @@ def _case(pattern: str, call: CallOptions, density: float) -> Case:
     )
 
 
-def _finished(known: Records, case: Case, target: Target, effort: Effort) -> Record | None:
+def _finished(known: Records, case: AnyCase, target: Target, effort: Effort) -> Record | None:
     """The record of a case that needs no more work."""
     from dataclasses import asdict
 
     from spgen.autotune.records import EFFORTS
+    from spgen.autotune.workloads import ProductCase
     from spgen.tuned import is_of_form, toolchain
 
     for record in known:
         enough = record.effort and EFFORTS.index(record.effort) >= EFFORTS.index(effort.value)
         if enough and record.case == asdict(case) and record.toolchain == toolchain(target):
-            # only GPUs have defaults of several forms, and asking for them takes a second
-            return record if target.kind == "cpu" or is_of_form(record, _default(case, target)) else None
+            # only attention on GPUs has defaults of several forms, and asking for them takes a second
+            if target.kind == "cpu" or isinstance(case, ProductCase):
+                return record
+            return record if is_of_form(record, _default(case, target)) else None
     return None
 
 
@@ -194,7 +197,9 @@ def _default(case: Case, target: Target) -> Config:
     return default_of(replace(request, config=None), sizes)
 
 
-def _run(cases: Sequence[Case], target: Target, known: Records, path: Path, effort: str, devices: str) -> list[Record]:
+def _run(
+    cases: Sequence[AnyCase], target: Target, known: Records, path: Path, effort: str, devices: str
+) -> list[Record]:
     """Tune on the devices of this machine, with a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -207,12 +212,12 @@ def _run(cases: Sequence[Case], target: Target, known: Records, path: Path, effo
         whole = progress.add_task("cases", total=len(cases))
         tasks = {}
 
-        def said(case: Case, what: str, done: int, total: int) -> None:
+        def said(case: AnyCase, what: str, done: int, total: int) -> None:
             if case.name not in tasks:
                 tasks[case.name] = progress.add_task(case.name)
             progress.update(tasks[case.name], description=f"{case.name}: {what}", completed=done, total=total)
 
-        def finished(case: Case, result: Record | str) -> None:
+        def finished(case: AnyCase, result: Record | str) -> None:
             progress.advance(whole)
             if case.name in tasks:
                 progress.remove_task(tasks.pop(case.name))
@@ -289,6 +294,18 @@ def _show(found: Sequence[Record], path: Path) -> None:
     if found:
         mean = exp(sum(log(record.gain) for record in found) / len(found))
         console.print(f"{mean:.3f} x the default in geometric mean; kept in {path}", soft_wrap=True)
+
+
+def _of_attention(cases: Sequence[AnyCase]) -> list[Case]:
+    from spgen.autotune.workloads import Case
+
+    found = [case for case in cases if isinstance(case, Case)]
+    if len(found) < len(cases):
+        raise UnsupportedError(
+            "--offline", given="products with sparse weights", allowed="attention, which the cost model knows",
+            remedy="tune them on the device",
+        )  # fmt: skip
+    return found
 
 
 def _offline(cases: Sequence[Case], target: Target, effort: str) -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -16,8 +16,10 @@ from spgen.compile import Request
 from spgen.errors import SpgenError
 from spgen.precompile import resources_of
 from spgen.settings import override, settings
+from spgen.weights.compile import Job
 
 Result: TypeAlias = "Resources | str"
+Wanted = TypeVar("Wanted", Request, Job)
 
 
 class Compilers:
@@ -41,7 +43,7 @@ class Compilers:
         assert self._pool is not None
         self._pool.shutdown(cancel_futures=True)
 
-    def compile(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Result]]:
+    def compile(self, requests: Sequence[Wanted]) -> Iterator[tuple[Wanted, Result]]:
         """Each as it is done, with what its kernel takes, or the fault."""
         assert self._pool is not None
         waiting = {self._pool.submit(_compile, request): request for request in requests}
@@ -54,7 +56,7 @@ def _start(chosen: Mapping[str, Any]) -> None:
     torch.set_num_threads(1)
 
 
-def _compile(request: Request) -> Result:
+def _compile(request: Request | Job) -> Result:
     try:
         return resources_of(request)
     except Exception as fault:  # a configuration that does not compile is a result

@@ -16,9 +16,9 @@ from spgen.autotune.experience import Experience
 from spgen.autotune.measure import Sample, Summary, Timer, on_cpu, on_gpu, samples
 from spgen.autotune.ranking import ranked
 from spgen.autotune.records import Record, Records
-from spgen.autotune.search import tune
+from spgen.autotune.search import Problem, tune
 from spgen.autotune.work import Resources
-from spgen.autotune.workloads import Case
+from spgen.autotune.workloads import AnyCase, Case, ProductCase
 from spgen.compile import compiled
 from spgen.errors import SpgenError
 from spgen.ir.config import Config
@@ -27,6 +27,7 @@ from spgen.ir.tiles import table_ops
 from spgen.target import Target
 from spgen.tuned import records_of
 from spgen.tuning.compilers import Compilers, first_line
+from spgen.tuning.product import TunedProduct
 from spgen.tuning.subject import Subject
 
 _MILLISECONDS = 20  # of one reading
@@ -156,13 +157,13 @@ def _fault(fault: Exception) -> str:
 class Session:
     """Cases, where they are tuned, and the file that keeps the results."""
 
-    cases: Sequence[Case]
+    cases: Sequence[AnyCase]
     places: Sequence[Place]
     records: Records
     path: Path
     effort: str
-    said: Callable[[Case, str, int, int], None]
-    finished: Callable[[Case, Record | str], None]
+    said: Callable[[AnyCase, str, int, int], None]
+    finished: Callable[[AnyCase, Record | str], None]
     faults: dict[str, str] = field(default_factory=dict)
 
     def run(self) -> None:
@@ -209,11 +210,15 @@ class Session:
                 self.faults[case.name] = result
             self.finished(case, result)
 
-    def _result(self, case: Case, place: Place, compilers: Compilers) -> Record | str:
+    def _result(self, case: AnyCase, place: Place, compilers: Compilers) -> Record | str:
         with self._lock:  # others add to the records meanwhile
             known = next((record for record in self.records if record.case == asdict(case)), None)
         try:
-            problem = Tuned(case, place, compilers, known, self._experience(place.target))
+            problem: Problem
+            if isinstance(case, ProductCase):
+                problem = TunedProduct(case, place, compilers, known)
+            else:
+                problem = Tuned(case, place, compilers, known, self._experience(place.target))
             found = tune(problem, self.effort, self._save, partial(self.said, case))
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Protocol, cast
+from math import log2
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from torch import Tensor
 
@@ -19,6 +20,9 @@ from spgen.ir.kernel import KERNEL
 from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.weights.storage import Layout, Stored
+
+if TYPE_CHECKING:
+    from spgen.autotune.records import Bucket, Key
 
 FEW = 64  # rows of x up to which a kernel's time goes into reading weights
 
@@ -57,6 +61,15 @@ class Sizes:
         return "few" if self.m <= FEW else "many"
 
 
+@dataclass(frozen=True)
+class Job:
+    """A kernel to make with a configuration of its own, as tuning tries it."""
+
+    request: Request
+    sizes: Sizes
+    config: Config
+
+
 class Backend(Protocol):
     """What `spgen.backends.tvm_linear` and `spgen.backends.triton_linear` provide."""
 
@@ -68,7 +81,8 @@ class Backend(Protocol):
 
         It is called with x [M, K], whose rows follow each other at any distance and whose columns are contiguous, one
         weight (two if gated), the bias [N] or None, and y [M, N], contiguous, which it writes.
-        Transposed: x is [M, N] and y [M, K].
+        Transposed: x is [M, N] and y [M, K]. Its `precompile()` brings what contiguous calls need into the cache; no
+        device is needed. It gives the fields of Resources (registers, shared, spilled) where they are known.
         """
 
     def sampled_config(self, request: Request, sizes: Sizes) -> Config:
@@ -104,8 +118,32 @@ def sampled_kernel_of(request: Request, config: Config) -> Op:
 
 
 def config_of(request: Request, sizes: Sizes) -> Config:
-    """The configuration that a call gets."""
+    """The configuration that a call gets: the record's with the nearest sizes, else the backend's default."""
+    from spgen.tuned import record_of
+
+    record = record_of(request.target, *identity_of(request, sizes)).record
+    return default_of(request, sizes) if record is None else record.config
+
+
+def default_of(request: Request, sizes: Sizes) -> Config:
+    """The configuration of a call for which there is no record."""
     return backend_of(request.target).default_config(request, sizes)
+
+
+def identity_of(request: Request, sizes: Sizes) -> tuple[Key, Bucket]:
+    """What a record of such calls is found by; bias and activation do not matter."""
+    from spgen.autotune.records import Bucket, Key
+
+    form = "transposed" if request.transposed else "gated" if request.gated else "linear"
+    structure = f"{request.layout} of {request.values}, {form}, {sizes.height}"
+    stored = sizes.stored // max(sizes.k if request.transposed else sizes.n, 1)
+    bucket = Bucket(*(1 << max(round(log2(max(size, 1))), 0) for size in (sizes.m, sizes.k, sizes.n, stored)))
+    return Key(structure, request.dtype, 0, 0, operation="linear"), bucket
+
+
+def kernel_of_job(job: Job) -> Any:
+    """The launchable kernel of a job."""
+    return _built(kernel_of(job.request, job.sizes, job.config), job.request.target)
 
 
 @lru_cache(maxsize=4096)

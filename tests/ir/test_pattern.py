@@ -43,18 +43,21 @@ def test_selections_are_recognised() -> None:
     assert is_selected(read_short("permuted(causal(), k=sort_within(4, scores=pooled()))"))
 
 
+@pytest.mark.parametrize("text", ["top_k(4)", "block(4, density=0.5)", "n_of_m(2, 4)"])
+def test_selections_without_a_score_rank_weights(text: str) -> None:
+    assert read_short(text) is read_short(f"{text[:-1]}, scores=magnitude())")
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "block(4, mask=$0: bool[R, C], scores=pooled())",
         "block(4, mask=$0: bool[R, C], among=causal())",
         "top_k($0: int32[R, K], among=causal())",
-        "top_k(4)",
         "n_of_m(2, 4, mask=$0: bool[R, C], scores=pooled())",
         "vertical_slash(vertical=4, scores=pooled())",
         "vertical_slash(columns=$0: int32[K], slash=4, scores=pooled())",
         "vertical_slash(vertical=4, slash=4)",
-        "block(4, density=0.5)",
         "block(4, density=1.5, scores=pooled())",
         "permuted(causal())",
         "documents($0: int32[1, N])",
