@@ -46,9 +46,9 @@ def render_source(kernel: Op, target: Target, *, strided: bool = False) -> str:
         from spgen.templates.tvm.attention import attention_source
 
         return attention_source(kernel, target, strided=strided)
-    from spgen.templates.tvm.weights.linear import linear_source
+    from spgen.templates.tvm.weights.linear import linear_source, sampled_source
 
-    return linear_source(kernel, target)
+    return (linear_source if kernel.kind == "linear" else sampled_source)(kernel, target)
 
 
 def compile_elsewhere(kernel: Op, target: Target) -> Path:

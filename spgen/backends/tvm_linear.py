@@ -15,7 +15,14 @@ from spgen.errors import DeviceError
 from spgen.ir.config import Config
 from spgen.ir.node import Op
 from spgen.target import Target
-from spgen.templates.tvm.weights.schedule import check, linear_tiles, tiles_of
+from spgen.templates.tvm.weights.schedule import (
+    check,
+    check_sampled,
+    linear_tiles,
+    sampled_scratch,
+    sampled_tiles,
+    tiles_of,
+)
 from spgen.weights.compile import Request, Sizes
 from spgen.weights.storage import Stored
 
@@ -34,6 +41,17 @@ def build(kernel: Op, target: Target) -> LinearKernel:
     """
     check(kernel, target)
     return LinearKernel(kernel, target)
+
+
+def sampled_config(request: Request, sizes: Sizes) -> Config:
+    """Rows of g and x that fit the nearer caches."""
+    return sampled_tiles()
+
+
+def build_sampled(kernel: Op, target: Target) -> SampledKernel:
+    """The launchable form of a level-3 `sampled` kernel, likewise."""
+    check_sampled(kernel, target)
+    return SampledKernel(kernel, target)
 
 
 class _Compiled:
@@ -101,6 +119,22 @@ class LinearKernel(_Compiled):
             arguments.append(int(not in_place))
         workers = torch.get_num_threads()
         self._function(*arguments, _memory("scratch", workers * tiles.scratch).view(workers, tiles.scratch))
+
+
+class SampledKernel(_Compiled):
+    """The gradient of stored blocks."""
+
+    def __init__(self, kernel: Op, target: Target) -> None:
+        super().__init__(kernel, target)
+        self._scratch = sampled_scratch(kernel, target)
+
+    def __call__(self, g: Tensor, x: Tensor, stored: Stored, out: Tensor) -> None:
+        """Write `out`, shaped as the stored values; shapes, dtypes and devices are the caller's promise."""
+        if not out.numel():
+            return
+        workers = torch.get_num_threads()
+        scratch = _memory("scratch", workers * self._scratch).view(workers, self._scratch)
+        self._function(g, x, *stored.index[:3], out, scratch)
 
 
 def _memory(name: str, size: int) -> Tensor:

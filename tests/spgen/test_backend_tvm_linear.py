@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spgen.backends.tvm_linear import build
+from spgen.backends.tvm_linear import build, build_sampled
 from spgen.errors import DeviceError, UnsupportedError
 from spgen.ir.config import Config
 from spgen.target import Target
-from spgen.weights.compile import Request, Sizes, kernel_of, linear_kernel
+from spgen.weights.compile import Request, Sizes, kernel_of, linear_kernel, sampled_kernel, sampled_kernel_of
 from spgen.weights.storage import Layout, Stored, pack, quantized, values_dtype
 from tests.cpu_kernels import CPU, HAS_AVX512, OTHERS
 
@@ -222,3 +222,57 @@ def test_what_no_kernel_does_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="float8_e5m2"):
         build(kernel_of(Request("float32", Layout("blocks", 16, 16), "float8_e5m2", True, CPU), sizes, Config(16, 6)),
               CPU)  # fmt: skip
+
+
+def check_gradient(
+    stored: Stored, m: int, *, dtype: torch.dtype = torch.float32, values: torch.dtype | None = None,
+    target: Target = CPU, distance: int = 0,
+) -> None:  # fmt: skip
+    n, k = stored.shape
+    values = values or dtype
+    random = torch.Generator().manual_seed(2)
+    g, x = (torch.randn(m, size + distance, generator=random).to(dtype)[:, :size] for size in (n, k))
+    names = [str(one).removeprefix("torch.") for one in (dtype, values)]
+    request = Request(names[0], stored.layout, names[1], False, target)
+    found = torch.full(stored.values.shape, 7.0, dtype=values)
+    sampled_kernel(request, Sizes(m, n, k, found.numel()))(g, x, stored, found)
+    whole = g.double().T @ x.double()
+    ones = torch.ones(n, k, dtype=torch.bool)
+    expected = pack(whole, stored.mask() & ones, stored.layout).values
+    size = pack(g.double().abs().T @ x.double().abs(), stored.mask() & ones, stored.layout).values
+    assert torch.all((found.double() - expected).abs() <= ROUNDING[values] * expected.abs() + 1e-6 * size)
+
+
+@given(
+    st.sampled_from(LAYOUTS[:5]), st.integers(1, 150), st.integers(1, 220), st.integers(0, 300),
+    st.sampled_from([0.0, 0.2, 1.0]), st.sampled_from([0, 3]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_gradients_of_any_shape(text: str, n: int, k: int, m: int, share: float, distance: int) -> None:
+    check_gradient(weight(n, k, text, share), m, distance=distance)
+
+
+@pytest.mark.parametrize("dtype", TYPES[1:])
+def test_gradients_of_16_bits(dtype: torch.dtype) -> None:
+    for values in (dtype, torch.float32):
+        check_gradient(weight(70, 90, "blocks(16, 32)"), 40, dtype=dtype, values=values)
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("isa", ["avx2", "sse2"])
+def test_gradients_in_narrower_vectors(isa: str) -> None:
+    check_gradient(weight(70, 90, "blocks(16, 32)"), 140, target=OTHERS[isa])
+    check_gradient(weight(70, 90, "blocks(7, 5)"), 9, target=OTHERS[isa], dtype=torch.float16)
+
+
+def test_gradients_that_no_kernel_computes_are_refused() -> None:
+    request = Request("bfloat16", Layout("blocks", 16, 16), "float16", False, CPU)
+    with pytest.raises(UnsupportedError, match="gradient"):
+        sampled_kernel(request, Sizes(1, 16, 16, 256))
+    kernel = sampled_kernel_of(Request("float64", request.layout, "float64", False, CPU), Config(64, 1))
+    with pytest.raises(UnsupportedError, match="float64"):
+        build_sampled(kernel, CPU)
+    with pytest.raises(UnsupportedError, match="block_m"):
+        build_sampled(
+            sampled_kernel_of(Request("float32", request.layout, "float32", False, CPU), Config(8192, 1)), CPU
+        )

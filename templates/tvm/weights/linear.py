@@ -6,7 +6,18 @@ from spgen.ir.node import Op
 from spgen.target import Target
 from spgen.templates.render import render
 from spgen.templates.tvm.schedule import Isa, isa_of
-from spgen.templates.tvm.weights.schedule import check, dot_rows, expands, segment_of, tiles_of
+from spgen.templates.tvm.weights.schedule import (
+    check,
+    check_sampled,
+    dot_rows,
+    expands,
+    sampled_scratch,
+    sampled_tile,
+    segment_of,
+    tiles_of,
+)
+
+_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int4": 4}  # of stored values, else 8
 
 
 def linear_source(kernel: Op, target: Target) -> str:
@@ -24,21 +35,45 @@ def linear_source(kernel: Op, target: Target) -> str:
         **{name: kernel[name] for name in ("storage", "rows", "cols", "transposed", "gated", "bias", "activation")},
         **{name: kernel[name] for name in ("dtype", "values", "scales")},
         segment=segment_of(kernel),
+        value_bits=_BITS.get(kernel["values"], 8),
         expands=expands(kernel, isa),
         dot_rows=dot_rows(tiles.block_m),
         resident=height <= tiles.block_n and (not tiles.dots or dot_rows(tiles.block_m) == tiles.block_m),
         products="direct",
-        helpers=_helpers(kernel["dtype"], kernel["values"], isa),
+        helpers=_helpers(kernel["dtype"], isa) + _stored(kernel["values"], isa),
     )
 
 
-def _helpers(dtype: str, values: str, isa: Isa) -> str:
-    """The LLVM functions that the kernel calls."""
-    lanes = isa.lanes
+def sampled_source(kernel: Op, target: Target) -> str:
+    """Likewise, with `sampled()`, for the gradient of stored blocks."""
+    check_sampled(kernel, target)
+    isa = isa_of(target)
+    tile_rows, tile_vectors = sampled_tile(kernel, target)
+    return render(
+        "tvm/weights/sampled.py.jinja",
+        kernel=str(kernel),
+        lanes=isa.lanes,
+        **{name: kernel[name] for name in ("block_m", "rows", "cols", "dtype", "values")},
+        tile_rows=tile_rows,
+        tile_vectors=tile_vectors,
+        scratch=sampled_scratch(kernel, target),
+        products="direct",
+        helpers=_helpers(kernel["dtype"], isa),
+    )
+
+
+def _helpers(dtype: str, isa: Isa) -> str:
+    """The LLVM functions for operations on vectors, and for elements of x and y."""
     text = render(
-        "tvm/helpers.ll.jinja", lanes=lanes, scalef=isa.scalef, x86=isa.x86, fma="fma" if isa.fma else "fmuladd"
+        "tvm/helpers.ll.jinja", lanes=isa.lanes, scalef=isa.scalef, x86=isa.x86, fma="fma" if isa.fma else "fmuladd"
     )
-    text += render("tvm/weights/stored.ll.jinja", lanes=lanes, dtype=values, converts=isa.converts, expands=isa.scalef)
     if dtype == "float32":
         return text
-    return text + render("tvm/elements.ll.jinja", lanes=lanes, dtype=dtype, converts=isa.converts, pairs=False)
+    return text + render("tvm/elements.ll.jinja", lanes=isa.lanes, dtype=dtype, converts=isa.converts, pairs=False)
+
+
+def _stored(values: str, isa: Isa) -> str:
+    """Those for stored values."""
+    return render(
+        "tvm/weights/stored.ll.jinja", lanes=isa.lanes, dtype=values, converts=isa.converts, expands=isa.scalef
+    )

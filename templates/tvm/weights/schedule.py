@@ -20,6 +20,8 @@ VALUES = (*DTYPES, "int8", "int4", "float8_e4m3fn")
 WORD = 64  # columns of a word of bits
 DOTS = 12  # rows of x up to which the features lie in the lanes
 _MOST_DOTS = 16
+_SAMPLED_ROWS = 128  # of g and x: both then lie in the nearer caches
+_MOST_SAMPLED_ROWS = 4096
 _REGISTERS = 4  # rows of x whose sums share a register tile of dot products
 
 
@@ -142,6 +144,38 @@ def check(kernel: Op, target: Target) -> None:
     unit, most = (1, _MOST_DOTS) if dots else (isa.lanes, 8 * isa.lanes)
     if kernel["block_m"] % unit or not 0 < kernel["block_m"] <= most:
         raise UnsupportedError("schedule: block_m", given=kernel["block_m"], allowed=f"a multiple of {unit} to {most}")
+
+
+def sampled_tiles() -> Config:
+    """The configuration of gradients of stored blocks."""
+    return Config(_SAMPLED_ROWS, 1)
+
+
+def sampled_tile(kernel: Op, target: Target) -> tuple[int, int]:
+    """Rows and vectors of the register tile of a `sampled` kernel."""
+    isa = isa_of(target)
+    most = max(1, isa.block_m // isa.lanes)
+    vectors = min(most, -(-kernel["cols"] // isa.lanes))
+    return most_rows(vectors, isa.registers), vectors
+
+
+def sampled_scratch(kernel: Op, target: Target) -> int:
+    """fp32 values of memory for each worker: the block's sums, and rows of g and x."""
+    lanes = isa_of(target).lanes
+    tall, wide = (_whole(kernel[name], lanes) for name in ("rows", "cols"))
+    return int(kernel["rows"] * wide + kernel["block_m"] * (tall + wide))
+
+
+def check_sampled(kernel: Op, target: Target) -> None:
+    """Raises UnsupportedError for what no CPU kernel does."""
+    if kernel["dtype"] not in DTYPES:
+        raise UnsupportedError("dtype on the CPU", given=kernel["dtype"], allowed=", ".join(DTYPES))
+    if kernel["values"] not in ("float32", kernel["dtype"]):
+        allowed = " or ".join(dict.fromkeys(("float32", kernel["dtype"])))
+        raise UnsupportedError("type of the gradient on the CPU", given=kernel["values"], allowed=allowed)
+    if not 0 < kernel["block_m"] <= _MOST_SAMPLED_ROWS:
+        allowed = f"1 to {_MOST_SAMPLED_ROWS}"
+        raise UnsupportedError("schedule: block_m", given=kernel["block_m"], allowed=allowed)
 
 
 def _whole(size: int, unit: int) -> int:
