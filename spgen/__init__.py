@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from spgen.weights.linear import Linear as Linear
     from spgen.weights.linear import linear as linear
     from spgen.weights.linear import mlp as mlp
+    from spgen.weights.order import concentrated as concentrated
 
 # where each name lives (the same list as above, which is for type checkers and editors)
 _HOMES = {
@@ -84,6 +85,7 @@ _HOMES = {
     "spgen.trace": "maximum minimum select",
     "spgen.attend": "alibi attention",
     "spgen.weights.linear": "Linear MLP linear mlp",
+    "spgen.weights.order": "concentrated",
     "spgen.compile": "compile_count",
     "spgen.drawing": "show",
     "spgen.float8": "Float8",

@@ -481,6 +481,12 @@ def pattern(text: str, *data: Tensor) -> Pattern:
     return Pattern(node, data)
 
 
+def part(whole: Pattern, node: Op) -> Pattern:
+    """The pattern of a node inside another's, with the tensors that it uses."""
+    used = sorted({slot.index for slot in slots(node)})
+    return Pattern(renumber(node, {old: new for new, old in enumerate(used)}), tuple(whole.data[at] for at in used))
+
+
 def _canonical(op: Op) -> Op:
     """Scores and rules in their canonical text; raises TextError for an unknown one."""
     if not is_selected(op):

@@ -21,6 +21,7 @@ from spgen.ir.kernel import ACTIVATIONS
 from spgen.ops import is_plain
 from spgen.patterns import Pattern
 from spgen.weights import ops
+from spgen.weights.order import Orders, orders_of
 from spgen.weights.select import stored as select
 from spgen.weights.storage import Layout, Stored, pack, quantized
 
@@ -84,24 +85,51 @@ class Weight(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+class Features(nn.Module):
+    """Orders of a layer's inputs and outputs, buffers; moves nothing where there are none."""
+
+    inputs: Tensor | None
+    places: Tensor | None  # of the outputs among those by rank
+
+    def __init__(self, orders: Orders) -> None:
+        super().__init__()
+        self.register_buffer("inputs", orders.k)
+        self.register_buffer("places", None if orders.q is None else torch.argsort(orders.q))
+
+    def ranked(self, x: Tensor) -> Tensor:
+        """Inputs by rank."""
+        return x if self.inputs is None else x.index_select(-1, self.inputs)
+
+    def restored(self, y: Tensor) -> Tensor:
+        """Outputs in their own order."""
+        return y if self.places is None else y.index_select(-1, self.places)
+
+
+_AS_THEY_ARE = Orders()
+
+
 class Linear(nn.Module):
     """y = activation(x W^T + bias) over the stored part of W. Made by :func:`linear`."""
 
     bias: Tensor | None
 
-    def __init__(self, stored: Stored, bias: Tensor | None = None, activation: str = "none") -> None:
+    def __init__(
+        self, stored: Stored, bias: Tensor | None = None, activation: str = "none", orders: Orders = _AS_THEY_ARE
+    ) -> None:
         super().__init__()
         self.weight, self.activation = Weight(stored), activation
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        own = bias if bias is None or orders.q is None else bias[orders.q]
+        self.bias = None if own is None else nn.Parameter(own.detach().clone())
+        self.features = Features(orders)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's dtype, which is the weight's; any strides."""
-        weight = self.weight
+        weight, x = self.weight, self.features.ranked(x)
         call: Any = ops.linear if is_plain(x, weight.values.data, x) and not _differentiates(self) else _OPS.linear
         y: Tensor = call(
             x, weight.values, weight.index, weight.scales, self.bias, weight.layout, *weight.shape, self.activation
         )
-        return y
+        return self.features.restored(y)
 
     def explain(self, x: Tensor) -> Explanation:
         """Storage, bytes, floor and the chosen kernel of a call; printable."""
@@ -118,9 +146,10 @@ class MLP(nn.Module):
 
     def __init__(
         self, gate: Stored | None, up: Stored, down: Stored, activation: str = "silu",
-        biases: tuple[Tensor | None, Tensor | None] = (None, None),
+        biases: tuple[Tensor | None, Tensor | None] = (None, None), orders: Orders = _AS_THEY_ARE,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.features = Features(orders)
         self.gate = None if gate is None else Weight(gate)
         self.up, self.down, self.activation = Weight(up), Weight(down), activation
         self.hidden_bias, self.bias = (None if b is None else nn.Parameter(b.detach().clone()) for b in biases)
@@ -128,7 +157,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], in x's dtype, which is the weights'; any strides."""
         namespace: Any = ops if is_plain(x, self.up.values.data, x) and not _differentiates(self) else _OPS
-        up, down, gate = self.up, self.down, self.gate
+        up, down, gate, x = self.up, self.down, self.gate, self.features.ranked(x)
         if gate is None or not _alike(gate, up):
             hidden = namespace.linear(
                 x, up.values, up.index, up.scales, self.hidden_bias if gate is None else None, up.layout, *up.shape,
@@ -146,7 +175,7 @@ class MLP(nn.Module):
         y: Tensor = namespace.linear(
             hidden, down.values, down.index, down.scales, self.bias, down.layout, *down.shape, "none"
         )
-        return y
+        return self.features.restored(y)
 
 
 _OPS: Any = torch.ops.spgen
@@ -202,14 +231,20 @@ def linear(
     the layer can be trained: gradients reach the stored values, the bias and x. `check` refuses a weight with values
     outside the pattern, naming the first. Sizes that blocks do not divide are padded inside.
 
+    `sp.permuted(p, q=…, k=…)` stores the weight with its rows and columns in these orders (`sp.concentrated` finds
+    some); x and y are brought into and out of them.
+
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """
     _check_activation(activation)
-    found = _stored("weight", weight, pattern, values, inputs, check)
+    _check("weight", weight, pattern)
+    pattern, orders = orders_of(pattern, weight.shape)
+    inputs = inputs if inputs is None or orders.k is None else inputs[orders.k]
+    found = _stored("weight", orders.applied(weight), pattern, values, inputs, check)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
         given = f"{bias.dtype} {list(bias.shape)}"
         raise ShapeError("bias", given=given, allowed=f"{weight.dtype} [{weight.shape[0]}]")
-    return Linear(found, bias, activation)
+    return Linear(found, bias, activation, orders)
 
 
 def mlp(
@@ -220,7 +255,8 @@ def mlp(
 
     `w_gate` and `w_up` [F, D], `w_down` [D, F]; without a gate (None) activation(x up^T) down^T. `pattern` is over
     [F, D] for gate and up, and its transpose holds for down (selections choose for each weight by itself); a tuple
-    gives each its own. `hidden_bias` [F] is added before the activation, `bias` [D] at the end.
+    gives each its own. `hidden_bias` [F] is added before the activation, `bias` [D] at the end. Where the pattern is
+    `sp.permuted(p, q=…)` the hidden features are stored in that order, which costs a call nothing.
 
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """
@@ -233,6 +269,14 @@ def mlp(
         )
     if w_gate is not None and w_gate.shape != w_up.shape:
         raise ShapeError("w_gate", given=f"shape {list(w_gate.shape)}", allowed=f"{list(w_up.shape)}, as w_up")
+    orders = Orders()
+    if isinstance(pattern, Pattern):
+        _check("w_up", w_up, pattern)
+        pattern, orders = orders_of(pattern, w_up.shape)
+        given = {name: orders.applied(weight) for name, weight in given.items() if name != "w_down"}
+        w_down = given["w_down"] = orders.applied(w_down.T).T
+        hidden_bias = hidden_bias if hidden_bias is None or orders.q is None else hidden_bias[orders.q]
+        bias = bias if bias is None or orders.k is None else bias[orders.k]
     if isinstance(pattern, tuple):
         if len(pattern) != len(given):
             raise ShapeError(
@@ -245,4 +289,5 @@ def mlp(
         turned = _stored("w_down", w_down.T, pattern, None)
         down = pack(w_down.detach(), turned.mask().T, turned.layout.transposed)
         found["w_down"] = down if values is None else quantized(down, values)
-    return MLP(found.get("w_gate"), found["w_up"], found["w_down"], activation, (hidden_bias, bias))
+    ends = Orders(q=orders.k, k=orders.k)  # inputs and outputs are the same features
+    return MLP(found.get("w_gate"), found["w_up"], found["w_down"], activation, (hidden_bias, bias), ends)

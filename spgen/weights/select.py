@@ -13,7 +13,7 @@ from torch import Tensor
 from spgen import patterns
 from spgen.errors import DataError, PatternError, ShapeError, UnsupportedError
 from spgen.ir.node import Op, walk
-from spgen.ir.pattern import is_selected, renumber, short_text, slots
+from spgen.ir.pattern import is_selected, short_text
 from spgen.patterns import Pattern
 from spgen.reference import mask
 from spgen.weights.storage import Layout, Stored, pack
@@ -44,7 +44,7 @@ def resolved(pattern: Pattern, weight: Tensor, inputs: Tensor | None = None) -> 
 
 class _Resolver:
     def __init__(self, weight: Tensor, inputs: Tensor | None, pattern: Pattern) -> None:
-        self.weight, self.inputs, self.data = weight, inputs, pattern.data
+        self.weight, self.inputs, self.whole = weight, inputs, pattern
 
     def of(self, op: Op) -> Pattern:
         """The pattern of one node."""
@@ -76,8 +76,7 @@ class _Resolver:
                 given=f"a selection inside {op.kind}",
                 allowed="selections under |, & and ~",
             )
-        used = sorted({slot.index for slot in slots(op)})
-        return Pattern(renumber(op, {old: new for new, old in enumerate(used)}), tuple(self.data[at] for at in used))
+        return patterns.part(self.whole, op)
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
