@@ -74,8 +74,9 @@ def sampled_config(request: Request, sizes: Sizes) -> Config:
 def _fitted(request: Request, config: Config, elements: int) -> Config:
     """With as many stages of so many elements each as shared memory holds, up to four."""
     size = elements * ELEMENT_BYTES[request.dtype]
+    most = 4 if request.target.kind == "cuda" else 2
     # some of it goes to what turns registers around
-    stages = min(max(request.target.smem_bytes * 3 // 4 // size, 1), 4)
+    stages = min(max(request.target.smem_bytes * 3 // 4 // size, 1), most)
     return _exact(request.dtype, request.target, config.having(stages=stages))
 
 
