@@ -9,6 +9,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
+from spgen.backends import gluon_linear
+from spgen.backends.gluon_linear import HopperProduct, group_of
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_linear_schedule import default_config as default_config
 from spgen.backends.triton_linear_schedule import sampled_config as sampled_config
@@ -18,6 +20,7 @@ from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
+from spgen.templates.gluon.linear import WARPGROUPS
 from spgen.templates.triton import linear
 from spgen.templates.triton.attention import Parameter
 from spgen.templates.triton.linear import FINISH, LINEAR, SAMPLED
@@ -25,7 +28,6 @@ from spgen.weights.storage import Stored
 
 _VALUES = {**TRITON_TYPES, "int8": "i8", "int4": "u8"}
 _Kernel = TypeVar("_Kernel", bound="_Launchable")
-_X_BYTES = 16 * 2**20  # of x that row tiles take together, so that it stays in the cache that all share
 
 
 class _Launchable(Protocol):
@@ -72,6 +74,11 @@ class BlockProduct:
     """y = activation(x W^T + bias) and its kin over stored blocks."""
 
     def __init__(self, kernel: Op, target: Target) -> None:
+        self._hopper: HopperProduct | None = None
+        if option(kernel, WARPGROUPS, 0):
+            if gluon_linear.serves(kernel, target):
+                self._hopper = gluon_linear.HopperProduct(kernel, target)
+            kernel = gluon_linear.portable(kernel)
         self.kernel = kernel
         self.program = _program("triton/linear.py.jinja", kernel, target, linear.symbols)
         self._shape, self._splits = linear.shape_of(kernel), linear.splits(kernel)
@@ -84,15 +91,19 @@ class BlockProduct:
         for weight in weights:
             tensors += self._tensors(weight)
         order = weights[0].index[6 if self.kernel["transposed"] else 2]
+        if self._hopper is not None and self._hopper([*tensors, order, *results], weights):
+            return
+        if linear.is_ordered(self.kernel):
+            tensors.append(order)
         m, width = y.shape
         lists, tiles = len(order), -(-m // self.kernel["block_m"])
-        numbers = (x.stride(0), x.shape[1], width, m, lists, self._group(x, tiles))
+        numbers = (x.stride(0), x.shape[1], width, m, lists, group_of(self.kernel, x, tiles))
         grid = tiles * -(-lists // self._shape.lists) * self._shape.parts * self._splits
         if self._splits == 1:
-            self.program.launch(LINEAR, [*tensors, order, *results], numbers, grid)
+            self.program.launch(LINEAR, [*tensors, *results], numbers, grid)
             return
         parts = x.new_empty(len(weights) * self._splits * y.numel(), dtype=torch.float32)
-        self.program.launch(LINEAR, [*tensors, order, parts], numbers, grid)
+        self.program.launch(LINEAR, [*tensors, parts], numbers, grid)
         rest = (width, y.numel())
         self.program.launch(FINISH, [parts, *results], rest, -(-y.numel() // linear.FINISHED))
 
@@ -106,11 +117,6 @@ class BlockProduct:
         indptr, indices, _, back_indptr, back_indices, blocks, _ = weight.index
         lists = (back_indptr, back_indices, blocks) if self.kernel["transposed"] else (indptr, indices)
         return [weight.values, *([] if weight.scales is None else [weight.scales]), *lists]
-
-    def _group(self, x: Tensor, tiles: int) -> int:
-        """Row tiles whose rows of x fit into the cache together."""
-        fitting = _X_BYTES // max(self.kernel["block_m"] * x.shape[1] * x.element_size(), 1)
-        return max(min(option(self.kernel, "group", fitting), tiles), 1)
 
 
 class BlockGradient:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,8 @@ from torch import Tensor
 from spgen.backends import triton_binary
 from spgen.backends.triton_binary import Binary, Specialised, compile_ahead, load_source, rendered
 from spgen.backends.triton_compile import VECTOR
-from spgen.backends.triton_launch import MAX_GRID, Call, Function
+from spgen.backends.triton_counters import counters
+from spgen.backends.triton_launch import MAX_GRID, Call, Function, TensorMap
 from spgen.errors import CompileError, ShapeError
 from spgen.settings import triton_interpreted
 from spgen.target import Target
@@ -33,7 +34,8 @@ class Form:
     """One function of a module: tensors first among its parameters, then numbers.
 
     Kinds of parameters are Triton's types, or names of `types` for pointers, or "step" and "size": int64 and int32
-    that are multiples of `vector` in the aligned variant, in which all tensors lie at multiples of 16 bytes.
+    that are multiples of `vector` in the aligned variant, in which all tensors lie at multiples of 16 bytes. `boxes`
+    are the types of parameters that are tensor descriptors, which stand between tensors and numbers.
     """
 
     entry: str
@@ -42,9 +44,12 @@ class Form:
     vector: int
     warps: int = 4
     stages: int = 1
+    boxes: Mapping[str, str] = field(default_factory=dict)
 
     def type_of(self, parameter: Parameter) -> str:
         """Triton's type of a parameter."""
+        if parameter.name in self.boxes:
+            return self.boxes[parameter.name]
         kinds = {"step": "i64", "size": "i32", **self.types}
         return kinds.get(parameter.type, parameter.type)
 
@@ -55,7 +60,7 @@ class Form:
 
     def allows(self, pointers: Sequence[int], numbers: Sequence[int]) -> bool:
         """Whether the aligned variant serves a call."""
-        steps = zip(self.parameters[self.tensors :], numbers, strict=True)
+        steps = zip(self.parameters[self.tensors + len(self.boxes) :], numbers, strict=True)
         return not any(at % VECTOR for at in pointers) and not any(
             number % self.vector for parameter, number in steps if parameter.type in ("step", "size")
         )
@@ -104,11 +109,33 @@ class Program:
             self._calls[key] = Call(self._function(entry, aligned, device), grid, numbers)
             return self._calls[key]
 
+    def map(self, entry: str, tensors: Sequence[tuple[int, Tensor]], numbers: Sequence[int], grid: int) -> Call | None:
+        """A launch of an aligned function through tensor maps, of which each call brings all pointers.
+
+        `tensors` are what the maps show, with four axes, and their places among the pointers. None where the hardware
+        cannot express them. The grid is bounded by the multiprocessors: programs draw what to do.
+        """
+        maps = []
+        for (place, tensor), box in zip(tensors, self.binary(entry).boxes, strict=True):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            # the step of an axis of one element is never taken, but must be legal
+            steps = [step if size > 1 else VECTOR for size, step in zip(tensor.shape, tensor.stride(), strict=True)]
+            steps[-1] = 1
+            shape, item = tensor.shape, tensor.element_size()
+            maps.append(TensorMap(place, tensor.data_ptr(), dtype, item, shape, steps, box))
+        if not all(one.is_valid for one in maps):
+            return None
+        device = tensors[0][1].get_device()
+        with self._lock:
+            function = self._function(entry, True, device)
+        return Call(function, min(grid, self.target.cores), numbers, maps, counters(device).of)
+
     def _function(self, entry: str, aligned: bool, device: int) -> Function:
         key = (entry, aligned, device)
         if key not in self._functions:
             form = self.forms[entry]
-            kinds = ["changing"] * form.tensors + ["fixed"] * (len(form.parameters) - form.tensors)
+            kinds = ["changing"] * form.tensors + ["map"] * len(form.boxes)
+            kinds += ["fixed"] * (len(form.parameters) - len(kinds))
             with torch.cuda.device(device):
                 self._functions[key] = self.binary(entry, aligned).load(device, kinds)
         return self._functions[key]

@@ -70,6 +70,11 @@ def is_narrow(kernel: Op) -> bool:
     return kernel["height"] == "few" and not kernel["transposed"] and kernel["rows"] < SMALLEST_TILE
 
 
+def is_ordered(kernel: Op) -> bool:
+    """Whether long lists come first. With few rows of x all programs run at the same time: to look up is to wait."""
+    return kernel["height"] == "many" or is_narrow(kernel)
+
+
 def shape_of(kernel: Op) -> Shape:
     """The tiles of a `linear` kernel."""
     out, into = kernel["rows"], kernel["cols"]
@@ -121,7 +126,8 @@ def _linear(kernel: Op) -> Iterator[tuple[str, str]]:
     yield "x", "data"
     for name in weights(kernel):
         yield from stored(kernel, name)
-    yield "order", "*i32"
+    if is_ordered(kernel):
+        yield "order", "*i32"
     if splits(kernel) > 1:
         yield "parts", "*fp32"
     else:
@@ -158,6 +164,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "shape": shape,
         "block_m": kernel["block_m"],
         "splits": splits(kernel),
+        "few": kernel["height"] == "few",
+        "ordered": is_ordered(kernel),
         "stages": option(kernel, "stages", 2),
         "finished": FINISHED,
         "precision": precision(kernel),
