@@ -6,6 +6,7 @@
 | `stages` | steps on their way |
 | `warps` | of a program |
 | `splits` | programs that share a list's blocks; their sums are added up by a second kernel |
+| `warpgroups` | those that multiply in Hopper's own form; without it plain Triton serves |
 | `group` | row tiles that come together; without it as many as the cache holds |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
 | `rows`, `columns` | of a tile of the gradient |
@@ -19,6 +20,7 @@ from spgen.backends.triton_compile import ELEMENT_BYTES
 from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
+from spgen.templates.gluon.linear import ELEMENTS, LANES, WARPGROUPS, WIDEST
 from spgen.templates.triton.linear import SMALLEST_TILE, padded
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ def default_config(request: Request, sizes: Sizes) -> Config:
     narrow = not request.transposed and out < SMALLEST_TILE
     if sizes.height == "few":
         return _narrow(request, sizes) if narrow else _few(request, sizes)
+    if _is_for_hopper(request):
+        return _hopper(request, out)
     block_n = min(padded(out, SMALLEST_TILE), 128)
     wide = request.dtype == "float32"
     block_m, step = (64, 32) if wide else (_FULL, 64)
@@ -41,6 +45,24 @@ def default_config(request: Request, sizes: Sizes) -> Config:
     warps = 8 if block_m * block_n >= 128 * 128 else 4
     config = Config(block_m, block_n, (f"step={step}", f"warps={warps}"))
     return _fitted(request, config, (block_m + block_n) * step)
+
+
+def _is_for_hopper(request: Request) -> bool:
+    """Whether templates/gluon/linear.py expresses the kernel; that form is asked for by its own option."""
+    sides = (request.layout.rows, request.layout.cols)
+    return (
+        request.target.arch == "sm_90"
+        and request.dtype in ELEMENTS
+        and request.values == request.dtype
+        and all(side >= SMALLEST_TILE and side == padded(side) for side in sides)
+    )
+
+
+def _hopper(request: Request, out: int) -> Config:
+    """Two warpgroups of 128 rows, which keep as much as registers hold."""
+    block_n = min(out, WIDEST)
+    block_m = 128 if request.gated and block_n == WIDEST else 256
+    return Config(block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={3 if block_n == WIDEST else 4}"))
 
 
 def _few(request: Request, sizes: Sizes) -> Config:
