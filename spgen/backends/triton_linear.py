@@ -74,10 +74,10 @@ class BlockProduct:
     """y = activation(x W^T + bias) and its kin over stored blocks."""
 
     def __init__(self, kernel: Op, target: Target) -> None:
-        self._hopper: HopperProduct | None = None
+        self.hopper: HopperProduct | None = None
         if option(kernel, WARPGROUPS, 0):
             if gluon_linear.serves(kernel, target):
-                self._hopper = gluon_linear.HopperProduct(kernel, target)
+                self.hopper = gluon_linear.HopperProduct(kernel, target)
             kernel = gluon_linear.portable(kernel)
         self.kernel = kernel
         self.program = _program("triton/linear.py.jinja", kernel, target, linear.symbols)
@@ -91,7 +91,7 @@ class BlockProduct:
         for weight in weights:
             tensors += self._tensors(weight)
         order = weights[0].index[6 if self.kernel["transposed"] else 2]
-        if self._hopper is not None and self._hopper([*tensors, order, *results], weights):
+        if self.hopper is not None and self.hopper([*tensors, order, *results], weights):
             return
         if linear.is_ordered(self.kernel):
             tensors.append(order)

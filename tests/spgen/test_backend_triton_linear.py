@@ -71,9 +71,11 @@ def test_kernels_are_shared() -> None:
 
 def test_tiles_that_do_not_fit() -> None:
     one, sizes = request("blocks(128, 128)", "sm_90"), Sizes(4096, 512, 512, 30)
-    config = default_config(one, sizes).having(block_m=256, step=128, stages=4)
+    config = default_config(one, sizes).having(block_m=256, stages=5)
+    kernel = build(kernel_of(one, sizes, config), one.target)
+    assert kernel.hopper is not None
     with pytest.raises(sp.CompileError, match="shared memory"):
-        build(kernel_of(one, sizes, config), one.target).program.binary("linear")
+        kernel.hopper.program.binary("linear")
 
 
 def test_alignment() -> None:
@@ -83,3 +85,20 @@ def test_alignment() -> None:
     assert form.allows(pointers, (512, 512, 512, 8, 8, 1))
     assert not form.allows(pointers, (513, 512, 512, 8, 8, 1))
     assert not form.allows([*pointers[1:], 8], (512, 512, 512, 8, 8, 1))
+
+
+@pytest.mark.parametrize("layout", ["blocks(256, 256)", "blocks(64, 64)", "blocks(32, 16)"])
+@pytest.mark.parametrize("options", [{}, {"transposed": True}, {"gated": True, "activation": "gelu", "bias": True}])
+def test_hoppers_form_compiles(layout: str, options: dict[str, object]) -> None:
+    one, sizes = request(layout, "h200", "float16", **options), Sizes(4096, 4096, 4096, 1000)
+    kernel = build(kernel_of(one, sizes, default_config(one, sizes)), one.target)
+    assert kernel.hopper is not None
+    binary = kernel.hopper.program.binary("linear")
+    assert binary.resources["spilled"] == 0
+    assert kernel.program.binary("linear").code  # what serves tensors that tensor maps do not show
+
+
+def test_hoppers_form_is_hoppers() -> None:
+    for target, dtype in (("sm_80", "bfloat16"), ("sm_90", "float32"), ("gfx942", "bfloat16")):
+        one, sizes = request("blocks(64, 64)", target, dtype), Sizes(4096, 4096, 4096, 1000)
+        assert build(kernel_of(one, sizes, default_config(one, sizes)), one.target).hopper is None
