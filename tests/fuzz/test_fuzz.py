@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import spgen as sp
-from tests.fuzz import campaign
+from tests.fuzz import campaign, products
 from tests.fuzz.cases import VARIANTS, Case, case, tensors_of
 from tests.fuzz.check import Disagreement, check
 from tests.fuzz.shrink import shrink
@@ -126,3 +126,9 @@ def test_failures_come_back_from_processes() -> None:
     result = campaign.run("abacus", 0, VARIANTS, jobs=1, threads=1, seconds=600, shrinking=0)
     assert [failure.number for failure in result.failures] == list(range(VARIANTS))
     assert "'abacus' is none of" in str(result.failures[0])
+
+
+def test_products_of_a_short_campaign() -> None:
+    done, failed = products.run(20261122, 0, 60, "cpu")
+    assert done == 60
+    assert not failed, "\n".join(failed)
