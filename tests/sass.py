@@ -39,7 +39,7 @@ class Instruction:
     @property
     def describes(self) -> set[int]:
         """The uniform registers that describe the operands of a matrix product."""
-        found = re.search(r"gdesc\[UR(\d+)\]", self.operands) if self.name.startswith("HGMMA") else None
+        found = re.search(r"gdesc\[UR(\d+)\]", self.operands) if self.name.startswith(("HGMMA", "QGMMA")) else None
         if not found:
             return set()
         first, from_registers = int(found[1]), re.match(r"R\d+, R\d+, gdesc", self.operands)
@@ -63,6 +63,17 @@ def undefined_descriptors(code: bytes) -> list[str]:
                 waiting.append(one)
     wrong = [instructions[number] for number in sorted(seen) if instructions[number].describes - written[number]]
     return [f"{one.address}: {one.name} {one.operands}" for one in wrong]
+
+
+def beside_products(code: bytes, name: str) -> list[int]:
+    """How many instructions of a name stand between a wait that leaves products running and the next wait."""
+    instructions = disassembled(code)
+    waits = [number for number, one in enumerate(instructions) if one.name == "WARPGROUP.DEPBAR.LE"]
+    return [
+        sum(one.name == name for one in instructions[here:there])
+        for here, there in zip(waits, waits[1:], strict=False)
+        if not instructions[here].operands.split(", ")[1].startswith("0x0")
+    ]
 
 
 def disassembled(code: bytes) -> list[Instruction]:
