@@ -10,6 +10,7 @@ import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 _LABEL = re.compile(r"\s*(\.L_\w+):")
@@ -71,7 +72,7 @@ def beside_products(code: bytes, name: str) -> list[int]:
     waits = [number for number, one in enumerate(instructions) if one.name == "WARPGROUP.DEPBAR.LE"]
     return [
         sum(one.name == name for one in instructions[here:there])
-        for here, there in zip(waits, waits[1:], strict=False)
+        for here, there in pairwise(waits)
         if not instructions[here].operands.split(", ")[1].startswith("0x0")
     ]
 
