@@ -68,7 +68,7 @@ class Tiles:
     @property
     def scratch(self) -> int:
         """fp32 values of memory for each worker."""
-        return self.weights * self.sums + self.panel + self.lanes
+        return self.weights * self.sums + self.panel + (0 if self.dots else self.lanes * self.wide)
 
     def padded(self, inputs: int) -> int:
         """The width of x as it is staged: whole steps, and vectors that begin at the last input of a step."""
