@@ -40,7 +40,7 @@ def linear_source(kernel: Op, target: Target) -> str:
         dot_rows=dot_rows(tiles.block_m),
         resident=height <= tiles.block_n and (not tiles.dots or dot_rows(tiles.block_m) == tiles.block_m),
         products="direct",
-        helpers=_helpers(kernel["dtype"], isa) + _stored(kernel["values"], isa),
+        helpers=_helpers(kernel["dtype"], isa) + _stored(kernel, isa),
     )
 
 
@@ -72,8 +72,14 @@ def _helpers(dtype: str, isa: Isa) -> str:
     return text + render("tvm/elements.ll.jinja", lanes=isa.lanes, dtype=dtype, converts=isa.converts, pairs=False)
 
 
-def _stored(values: str, isa: Isa) -> str:
+def _stored(kernel: Op, isa: Isa) -> str:
     """Those for stored values."""
+    whole = kernel["storage"] == "n_of_m" and isa.lanes % kernel["cols"] == 0
     return render(
-        "tvm/weights/stored.ll.jinja", lanes=isa.lanes, dtype=values, converts=isa.converts, expands=isa.scalef
+        "tvm/weights/stored.ll.jinja",
+        lanes=isa.lanes,
+        dtype=kernel["values"],
+        converts=isa.converts,
+        expands=isa.scalef,
+        each=isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0,
     )
