@@ -71,6 +71,12 @@ if TYPE_CHECKING:
     from spgen.weights.linear import linear as linear
     from spgen.weights.linear import mlp as mlp
     from spgen.weights.order import concentrated as concentrated
+    from spgen.weights.sparsify import freeze as freeze
+    from spgen.weights.sparsify import sparsify as sparsify
+    from spgen.weights.sparsify import sparsity as sparsity
+    from spgen.weights.training import Rule as Rule
+    from spgen.weights.training import Schedule as Schedule
+    from spgen.weights.training import Trained as Trained
 
 # where each name lives (the same list as above, which is for type checkers and editors)
 _HOMES = {
@@ -86,6 +92,8 @@ _HOMES = {
     "spgen.attend": "alibi attention",
     "spgen.weights.linear": "Linear MLP linear mlp",
     "spgen.weights.order": "concentrated",
+    "spgen.weights.sparsify": "freeze sparsify sparsity",
+    "spgen.weights.training": "Rule Schedule Trained",
     "spgen.compile": "compile_count",
     "spgen.drawing": "show",
     "spgen.float8": "Float8",

@@ -193,7 +193,8 @@ def _alike(one: Weight, other: Weight) -> bool:
     )  # fmt: skip
 
 
-def _check(name: str, weight: Tensor, pattern: object) -> None:
+def check_weight(name: str, weight: Tensor, pattern: object) -> None:
+    """Raises for what is no weight, or no pattern."""
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         given = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
         raise DtypeError(name, given=given, allowed=f"a tensor of {', '.join(DTYPES.values())}")
@@ -206,14 +207,22 @@ def _check(name: str, weight: Tensor, pattern: object) -> None:
 def _stored(
     name: str, weight: Tensor, pattern: Pattern, values: str | None, inputs: Tensor | None = None, strict: bool = False
 ) -> Stored:  # fmt: skip
-    _check(name, weight, pattern)
+    check_weight(name, weight, pattern)
     found = select(weight.detach(), pattern, inputs, strict=name if strict else None)
     return found if values is None else quantized(found, values)
 
 
-def _check_activation(activation: str) -> None:
+def check_activation(activation: str) -> None:
+    """Raises UnsupportedError for an activation that no kernel has."""
     if activation not in ACTIVATIONS:
         raise UnsupportedError("activation", given=repr(activation), allowed=", ".join(ACTIVATIONS))
+
+
+def check_bias(bias: Tensor | None, weight: Tensor) -> None:
+    """Raises ShapeError for a bias of another size or type."""
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+        given = f"{bias.dtype} {list(bias.shape)}"
+        raise ShapeError("bias", given=given, allowed=f"{weight.dtype} [{weight.shape[0]}]")
 
 
 def linear(
@@ -236,14 +245,12 @@ def linear(
 
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """
-    _check_activation(activation)
-    _check("weight", weight, pattern)
+    check_activation(activation)
+    check_weight("weight", weight, pattern)
+    check_bias(bias, weight)
     pattern, orders = orders_of(pattern, weight.shape)
     inputs = inputs if inputs is None or orders.k is None else inputs[orders.k]
     found = _stored("weight", orders.applied(weight), pattern, values, inputs, check)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-        given = f"{bias.dtype} {list(bias.shape)}"
-        raise ShapeError("bias", given=given, allowed=f"{weight.dtype} [{weight.shape[0]}]")
     return Linear(found, bias, activation, orders)
 
 
@@ -260,7 +267,7 @@ def mlp(
 
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """
-    _check_activation(activation)
+    check_activation(activation)
     weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     given = {name: weight for name, weight in weights.items() if weight is not None}
     if w_up.dim() == 2 and (tuple(w_down.shape) != tuple(w_up.shape[::-1])):
@@ -271,7 +278,7 @@ def mlp(
         raise ShapeError("w_gate", given=f"shape {list(w_gate.shape)}", allowed=f"{list(w_up.shape)}, as w_up")
     orders = Orders()
     if isinstance(pattern, Pattern):
-        _check("w_up", w_up, pattern)
+        check_weight("w_up", w_up, pattern)
         pattern, orders = orders_of(pattern, w_up.shape)
         given = {name: orders.applied(weight) for name, weight in given.items() if name != "w_down"}
         w_down = given["w_down"] = orders.applied(w_down.T).T

@@ -208,7 +208,7 @@ def _back_gated(ctx: Any, g: Tensor) -> Any:
     where = (ctx.layout, ctx.n, ctx.k)
     before = torch.ops.spgen.linear(x, gate, of_gate, gate_scales, bias, *where, "none")
     multiplied = torch.ops.spgen.linear(x, up, of_up, up_scales, None, *where, "none")
-    g_gate, g_up = _derivative(g * multiplied, before, ctx.activation), g * _activated(before, ctx.activation)
+    g_gate, g_up = _derivative(g * multiplied, before, ctx.activation), g * activated(before, ctx.activation)
     dx = None
     if ctx.needs_input_grad[0]:
         dx = torch.ops.spgen.linear_of_inputs(g_gate, gate, of_gate, gate_scales, *where)
@@ -229,7 +229,8 @@ def _refuse_quantized(scales: Tensor | None, wanted: bool) -> None:
         raise GradientError("weight: gradient", given="quantised values", allowed="floating-point values")
 
 
-def _activated(x: Tensor, activation: str) -> Tensor:
+def activated(x: Tensor, activation: str) -> Tensor:
+    """activation(x), by PyTorch."""
     if activation.startswith("gelu"):
         return torch.nn.functional.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
     if activation == "none":

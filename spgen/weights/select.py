@@ -79,7 +79,7 @@ class _Resolver:
         return patterns.part(self.whole, op)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """Which `count` of the last axis are largest, ties to the lower index; what scores below 0 never wins."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)[..., :count]
     chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
@@ -98,19 +98,19 @@ def tiled_scores(scores: Tensor, rows: int, cols: int) -> Tensor:
 def _blocks(op: Op, scores: Tensor) -> Pattern:
     norms = tiled_scores(scores, op["rows"], op["cols"])
     count = max(1, math.floor(op["density"] * norms.numel() + 0.5))
-    return patterns.block(op["rows"], op["cols"], mask=_largest(norms.flatten(), count).view_as(norms))
+    return patterns.block(op["rows"], op["cols"], mask=largest(norms.flatten(), count).view_as(norms))
 
 
 def _columns(op: Op, scores: Tensor) -> Pattern:
     norms = tiled_scores(scores, op["rows"], op["cols"])
-    chosen = _largest(norms, min(op["k"], norms.shape[1]))
+    chosen = largest(norms, min(op["k"], norms.shape[1]))
     return patterns.block(op["rows"], op["cols"], mask=chosen)
 
 
 def _n_of_m(op: Op, scores: Tensor) -> Pattern:
     n, m = op["n"], op["m"]
     groups = torch.nn.functional.pad(scores, (0, -scores.shape[1] % m), value=-1.0).unflatten(1, (-1, m))
-    return patterns.n_of_m(n, m, mask=_largest(groups, n).flatten(1)[:, : scores.shape[1]].contiguous())
+    return patterns.n_of_m(n, m, mask=largest(groups, n).flatten(1)[:, : scores.shape[1]].contiguous())
 
 
 _SELECTED = {"block": _blocks, "top_k": _columns, "n_of_m": _n_of_m}
@@ -142,14 +142,15 @@ def _of_blocks(pattern: Pattern, n: int, k: int) -> Tensor:
 
 
 def layout_of(node: Op) -> Layout | None:
-    """The storage that a pattern names: that of its blocks or its n of m; None where it names none.
+    """The storage that a pattern names: that of its blocks (1 x 1: a bitmap) or its n of m; None where it names none.
 
     What is cut out of blocks (`block(…) & …`) is stored as zeros of them.
     """
     if node.kind == "n_of_m":
         return Layout("n_of_m", node["n"], node["m"])
     if node.kind in ("block", "top_k", "cover"):
-        return Layout("blocks", node["rows"], node["cols"])
+        single = node["rows"] == node["cols"] == 1
+        return Layout("bitmap") if single else Layout("blocks", node["rows"], node["cols"])
     if node.kind == "and":
         found = [layout for layout in map(layout_of, node.operands) if layout is not None]
         return min(found, key=lambda layout: layout.rows * layout.cols, default=None)
@@ -163,13 +164,19 @@ def layout_of(node: Op) -> Layout | None:
     return None
 
 
-def stored(
-    weight: Tensor, pattern: Pattern, inputs: Tensor | None = None, *, strict: str | None = None
-) -> Stored:  # fmt: skip
+def stored(weight: Tensor, pattern: Pattern, inputs: Tensor | None = None, *, strict: str | None = None) -> Stored:
     """The weight [N, K] over a pattern, in the storage that the pattern names, or else in blocks or a bitmap.
 
     With `strict`, the weight's name, values outside the pattern are a DataError.
     """
+    kept, layout = selected(weight, pattern, inputs)
+    if strict is not None:
+        _refuse_others(weight, kept, strict)
+    return pack(weight, kept, layout)
+
+
+def selected(weight: Tensor, pattern: Pattern, inputs: Tensor | None = None) -> tuple[Tensor, Layout]:
+    """Which values of the weight a pattern keeps, bool [N, K], and how they are stored."""
     if weight.dim() != 2:
         raise ShapeError("weight", given=f"shape {list(weight.shape)}", allowed="[output features, input features]")
     for op in walk(pattern.node):
@@ -178,14 +185,15 @@ def stored(
                 "pattern", given=short_text(op), allowed="patterns of rows and columns: weights have no heads"
             )
     found = resolved(pattern, weight, inputs)
-    kept, layout = mask_of(found, weight), layout_of(found.node)
-    if strict is not None:
-        _refuse_others(weight, kept, strict)
-    if layout is not None:
-        return pack(weight, kept, layout)
+    kept = mask_of(found, weight)
+    return kept, layout_of(found.node) or _smallest(weight, kept)
+
+
+def _smallest(weight: Tensor, kept: Tensor) -> Layout:
+    """The storage of fewest bytes, but for a bitmap that saves few of them."""
     blocks = min((pack(weight, kept, Layout("blocks", size, size)) for size in _SQUARES), key=lambda one: one.nbytes)
     bitmap = pack(weight, kept, Layout("bitmap"))
-    return bitmap if bitmap.nbytes < _BITMAP_PAYS * blocks.nbytes else blocks
+    return bitmap.layout if bitmap.nbytes < _BITMAP_PAYS * blocks.nbytes else blocks.layout
 
 
 def _refuse_others(weight: Tensor, kept: Tensor, name: str) -> None:

@@ -75,7 +75,9 @@ class Stored:
 
     def mask(self) -> Tensor:
         """Which values are stored, bool [N, K]: whole blocks, and of n_of_m and bitmap what was marked."""
-        ones = torch.ones_like(self.values, dtype=torch.uint8)
+        *rows, width = self.values.shape
+        pairs = self.values.dtype == torch.uint8  # int4, two to a byte
+        ones = torch.ones(*rows, width * (1 + pairs), dtype=torch.uint8, device=self.values.device)
         return _unpacked(self, ones).bool()
 
     def dense(self) -> Tensor:
