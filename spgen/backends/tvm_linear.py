@@ -30,7 +30,7 @@ _local = threading.local()
 
 
 def default_config(request: Request, sizes: Sizes) -> Config:
-    """Dot products for few rows of x, else as many rows in the lanes as waste the fewest of them."""
+    """Dot products for few rows of x, else tiles of rows that fill their vectors."""
     return linear_tiles(sizes.m, request.transposed, request.target)
 
 

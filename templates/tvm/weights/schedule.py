@@ -116,8 +116,8 @@ def linear_tiles(m: int, transposed: bool, target: Target) -> Config:
         rows = next(rows for rows in (1, 2, 3, 4, 6, 8, 12, 16) if rows >= m)
         return Config(rows, dot_outputs(rows), ("dots=1",))
     most = max(1, isa.block_m // isa.lanes)
-    # the fewest rows beyond the last, then the largest tiles
-    vectors = min(range(1, most + 1), key=lambda count: (_whole(max(m, 1), count * isa.lanes), -count))
+    # each tile reads the weights, which takes about as long as the products of half a vector
+    vectors = min(range(1, most + 1), key=lambda count: (-(-max(m, 1) // (count * isa.lanes)) * (count + 0.5), -count))
     return Config(vectors * isa.lanes, most_rows(vectors, isa.registers))
 
 

@@ -1,0 +1,75 @@
+"""What CPU kernels of sparse weights look like, as code for TVM's builder."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from spgen.errors import UnsupportedError
+from spgen.ir.kernel import ACTIVATIONS
+from spgen.ir.node import Op
+from spgen.target import Target
+from spgen.templates.tvm.weights.linear import linear_source, sampled_source
+from spgen.templates.tvm.weights.schedule import linear_tiles, sampled_tiles
+from spgen.weights.compile import Request, Sizes, kernel_of, sampled_kernel_of
+from spgen.weights.storage import Layout
+
+AVX512 = Target(kind="cpu", name="test", arch="x86-64-v4", isa="avx512", simd=16, registers=32)
+AVX2 = replace(AVX512, arch="x86-64-v3", isa="avx2", simd=8, registers=16)
+
+
+def kernel(text: str = "blocks(64, 64)", m: int = 64, target: Target = AVX512, **given: Any) -> Op:
+    given = {"dtype": "float32", "values": "float32", "scales": False, **given}
+    request = Request(layout=Layout.read(text), target=target, **given)
+    return kernel_of(request, Sizes(m, 256, 256, 0), linear_tiles(m, request.transposed, target))
+
+
+def test_blocks_of_fp32_are_used_as_they_lie() -> None:
+    source = linear_source(kernel(), AVX512)
+    assert "values_0[block * T.int64(ROWS * COLS) + wide(j * COLS + d)]" in source
+    assert "PANEL_STEP" not in source
+    assert "d * COLS + j" in linear_source(kernel(transposed=True), AVX512)
+    assert "PANEL_STEP" in linear_source(kernel(values="int8", scales=True), AVX512)
+
+
+def test_few_rows_are_dot_products() -> None:
+    few, many = (linear_source(kernel(m=m), AVX512) for m in (1, 100))
+    assert "DOT_ROWS" in few
+    assert "GROUPS" in many
+    assert "DOT_ROWS" not in many
+
+
+def test_sizes_fit_the_vector_extension() -> None:
+    assert [linear_tiles(m, False, AVX512).block_m for m in (1, 5, 16, 33, 100, 512)] == [1, 6, 16, 48, 64, 64]
+    assert linear_tiles(100, False, AVX2).block_m == 16
+    assert linear_tiles(1, True, AVX512).block_m == 16
+
+
+@pytest.mark.parametrize("text", ["blocks(32, 32)", "blocks(7, 5)", "n_of_m(2, 4)", "n_of_m(1, 3)", "bitmap()"])
+@pytest.mark.parametrize("m", [1, 64])
+@pytest.mark.parametrize("target", [AVX512, AVX2])
+def test_rendered_code_is_the_same_each_time_and_parses(text: str, m: int, target: Target) -> None:
+    for activation in ACTIVATIONS:
+        given = kernel(text, m, target, activation=activation, bias=True, gated=True)
+        source = linear_source(given, target)
+        ast.parse(source)
+        assert source == linear_source(given, target)
+        assert f"LANES = {target.simd}" in source
+
+
+def test_masks_are_expanded_by_instructions_where_there_are_any() -> None:
+    half = kernel("n_of_m(2, 4)", 1, values="int4", scales=True)
+    assert "mask.expand" in linear_source(half, AVX512)
+    assert "expandload" not in linear_source(half, AVX2)
+    assert "expandload" in linear_source(kernel("bitmap()", 1, AVX2), AVX2)
+
+
+def test_gradients() -> None:
+    request = Request("float32", Layout.read("blocks(64, 48)"), "float32", False, AVX512)
+    source = sampled_source(sampled_kernel_of(request, sampled_tiles()), AVX512)
+    assert "TILE_ROWS, TILE_VECTORS = 9, 3" in source
+    with pytest.raises(UnsupportedError, match="float64"):
+        linear_source(kernel(dtype="float64"), AVX512)
