@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from spgen.autotune.workloads import AnyCase, Case
     from spgen.ir.config import Config
     from spgen.target import Target
-    from spgen.tuning.session import Place
+    from spgen.tuning.measured import Place
 
 
 class Effort(str, Enum):
@@ -242,7 +242,7 @@ def _places(target: Target, devices: str) -> list[Place]:
     import torch
 
     from spgen.target import Target
-    from spgen.tuning.session import Place
+    from spgen.tuning.measured import Place
 
     if target.kind == "cpu":
         if target.triple:

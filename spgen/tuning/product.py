@@ -5,41 +5,36 @@ No model orders the space: its axes are halved and doubled from what is best so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spgen.arguments import DTYPES
-from spgen.autotune.measure import Sample, samples
 from spgen.autotune.records import Record
-from spgen.autotune.work import Resources
 from spgen.autotune.workloads import ProductCase
 from spgen.errors import SpgenError, WorkloadError
 from spgen.ir.config import Config
 from spgen.patterns import pattern
 from spgen.tuned import toolchain
-from spgen.tuning.compilers import Compilers, first_line
+from spgen.tuning.compilers import Compilers
+from spgen.tuning.measured import Measured, Place
 from spgen.weights.compile import Job, Request, Sizes, default_of, identity_of, kernel_of_job
 from spgen.weights.linear import linear
 from spgen.weights.storage import Stored, values_dtype
 
-if TYPE_CHECKING:
-    from spgen.tuning.session import Place
-
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _FORMS = ("linear", "gated", "transposed")
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest value
 
 
-class TunedProduct:
+class TunedProduct(Measured[Job]):
     """A case as the search's Problem. Making it draws x and the weights on the device."""
 
     def __init__(self, case: ProductCase, place: Place, compilers: Compilers, known: Record | None = None) -> None:
-        self.case, self._place, self._compilers, self._known = case, place, compilers, known
+        super().__init__(place, compilers, case.dtype)
+        self.case, self._known = case, known
         self._weights = _weights(case, place.device)
         one = self._weights[0]
         stored = sum(weight.values.numel() for weight in self._weights)
@@ -54,8 +49,6 @@ class TunedProduct:
         dtype = _DTYPES[case.dtype]
         self._x = torch.randn(case.rows, widths[0], device=place.device, dtype=dtype, generator=generator)
         self._y = self._x.new_empty(case.rows, widths[1])
-        self._taken: dict[Config, Resources] = {}
-        self._expected: Tensor | None = None
 
     @cached_property
     def record(self) -> Record:
@@ -77,57 +70,14 @@ class TunedProduct:
         """One axis changed."""
         return around(config)
 
-    def taken(self, config: Config) -> Resources | None:
-        """What the compiled kernel takes."""
-        return self._taken.get(config)
+    def job(self, config: Config) -> Job:
+        """The product with this configuration."""
+        return Job(self.request, self.sizes, config)
 
-    @property
-    def waits(self) -> bool:
-        """Whether nothing is measured before all is compiled."""
-        return self._place.target.kind == "cpu"
-
-    def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
-        """Compile side by side. On a CPU all are compiled before the first is handed out and measured."""
-
-        def noted() -> Iterator[tuple[Config, str]]:
-            for job, found in self._compilers.compile([Job(self.request, self.sizes, config) for config in configs]):
-                if isinstance(found, Resources):
-                    self._taken[job.config] = found
-                yield job.config, found if isinstance(found, str) else ""
-
-        return iter(list(noted())) if self.waits else noted()
-
-    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
-        """Readings in turns; results are compared with that of the default."""
-        prepared = {config: self._prepared(config) for config in configs}
-        faults = {config: found for config, found in prepared.items() if isinstance(found, str)}
-        calls = {str(config): found for config, found in prepared.items() if not isinstance(found, str)}
-        place = self._place
-        taken = samples(calls, rounds=rounds, timer=place.timer, warm_up=0, summary=place.summary)
-        return {**faults, **{Config.read(text): sample for text, sample in taken.items()}}
-
-    def _prepared(self, config: Config) -> Callable[[], None] | str:
-        try:
-            return self._launch(config)
-        except (SpgenError, torch.OutOfMemoryError) as fault:
-            return first_line(fault)
-
-    def _launch(self, config: Config) -> Callable[[], None]:
-        kernel = kernel_of_job(Job(self.request, self.sizes, config))
-        launch: Callable[[], None] = partial(kernel, self._x, self._weights, None, self._y)
+    def launch(self, config: Config) -> tuple[Callable[[], None], Tensor]:
+        """A launch of the bare kernel, and where it writes."""
         self._y.fill_(torch.nan)
-        launch()
-        found = self._y.float()
-        if self._expected is None:
-            self._expected = found if config == self.default else self._of_default()
-        off = float((found - self._expected).abs().max() / self._expected.abs().max().clamp(min=1e-30))
-        if not off <= _TOLERANCE[self.case.dtype]:
-            raise SpgenError(f"config {config}", given=f"results that are {off:.1e} off those of {self.default}")
-        return launch
-
-    def _of_default(self) -> Tensor:
-        kernel_of_job(Job(self.request, self.sizes, self.default))(self._x, self._weights, None, self._y)
-        return self._y.float()
+        return partial(kernel_of_job(self.job(config)), self._x, self._weights, None, self._y), self._y
 
 
 def around(config: Config) -> list[Config]:

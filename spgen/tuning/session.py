@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,57 +13,33 @@ import torch
 from torch import Tensor
 
 from spgen.autotune.experience import Experience
-from spgen.autotune.measure import Sample, Summary, Timer, on_cpu, on_gpu, samples
 from spgen.autotune.ranking import ranked
 from spgen.autotune.records import Record, Records
 from spgen.autotune.search import Problem, tune
-from spgen.autotune.work import Resources
 from spgen.autotune.workloads import AnyCase, Case, ProductCase
-from spgen.compile import compiled
+from spgen.compile import Request, compiled
 from spgen.errors import SpgenError
 from spgen.ir.config import Config
 from spgen.ir.kernel import parts
 from spgen.ir.tiles import table_ops
 from spgen.target import Target
 from spgen.tuned import records_of
-from spgen.tuning.compilers import Compilers, first_line
+from spgen.tuning.compilers import Compilers
+from spgen.tuning.measured import Measured, Place
 from spgen.tuning.product import TunedProduct
 from spgen.tuning.subject import Subject
 
-_MILLISECONDS = 20  # of one reading
-_TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest value, between two configurations
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a call is tuned: a target and the device that runs its kernels."""
-
-    target: Target
-    device: torch.device
-
-    @property
-    def timer(self) -> Timer:
-        """Seconds of a call on the device."""
-        return on_gpu(_MILLISECONDS, self.device.index) if self.device.type == "cuda" else on_cpu(_MILLISECONDS)
-
-    @property
-    def summary(self) -> Summary:
-        """What readings come to: their median, on a CPU that others may use the fastest."""
-        return Sample.of if self.device.type == "cuda" else Sample.fastest
-
-
-class Tuned:
+class Tuned(Measured[Request]):
     """One case as the search's Problem. Making it draws the tensors of the call on the device."""
 
     def __init__(
         self, case: Case, place: Place, compilers: Compilers, known: Record | None = None,
         experience: Experience | None = None,
     ) -> None:  # fmt: skip
+        super().__init__(place, compilers, case.dtype)
         self.subject = Subject(case, place.target, place.device, values=True, experience=experience)
-        self.default = self.subject.default
-        self._place, self._compilers, self._known = place, compilers, known
-        self._taken: dict[Config, Resources] = {}
-        self._expected: Tensor | None = None
+        self.default, self._known = self.subject.default, known
 
     @cached_property
     def record(self) -> Record:
@@ -85,72 +61,21 @@ class Tuned:
         seconds = self.subject.expected(self.subject.space.neighbours(config))
         return sorted(seconds, key=lambda other: seconds[other])
 
-    def taken(self, config: Config) -> Resources | None:
-        """What the compiled kernel takes."""
-        return self._taken.get(config)
+    def job(self, config: Config) -> Request:
+        """The request with this configuration."""
+        return replace(self.subject.request, config=config)
 
-    @property
-    def waits(self) -> bool:
-        """Whether nothing is measured before all is compiled."""
-        return self._place.target.kind == "cpu"
-
-    def compiled(self, configs: Sequence[Config]) -> Iterator[tuple[Config, str]]:
-        """Compile side by side. On a CPU all are compiled before the first is handed out and measured."""
-        requests = {replace(self.subject.request, config=config): config for config in configs}
-
-        def noted() -> Iterator[tuple[Config, str]]:
-            for request, found in self._compilers.compile(list(requests)):
-                if isinstance(found, Resources):
-                    self._taken[requests[request]] = found
-                yield requests[request], found if isinstance(found, str) else ""
-
-        return iter(list(noted())) if self.waits else noted()
-
-    def measure(self, configs: Sequence[Config], rounds: int) -> Mapping[Config, Sample | str]:
-        """Readings in turns; results are compared with that of the default."""
-        prepared = {config: self._prepared(config) for config in configs}
-        faults = {config: found for config, found in prepared.items() if isinstance(found, str)}
-        calls = {str(config): found for config, found in prepared.items() if not isinstance(found, str)}
-        try:
-            place = self._place
-            taken = samples(calls, rounds=rounds, timer=place.timer, warm_up=0, summary=place.summary)
-        except torch.OutOfMemoryError as fault:
-            return dict.fromkeys(configs, _fault(fault))
-        return {**faults, **{Config.read(text): sample for text, sample in taken.items()}}
-
-    def _prepared(self, config: Config) -> Callable[[], None] | str:
-        """A launch of the bare kernel, whose result was compared, or the fault."""
-        try:
-            return self._launch(config)
-        except (SpgenError, torch.OutOfMemoryError) as fault:
-            return _fault(fault)
-
-    def _launch(self, config: Config) -> Callable[[], None]:
+    def launch(self, config: Config) -> tuple[Callable[[], None], Tensor]:
+        """A launch of the bare kernel, and where it writes."""
         call, case = self.subject.call, self.subject.case
-        kernel = compiled(replace(self.subject.request, config=config)).kernel
+        kernel = compiled(self.job(config)).kernel
         levels, tables = self.subject.lowered(config)
         names = [op["name"] for op in table_ops(levels.program)]
         read = [tables[names.index(op["name"])] for op in parts(levels.kernel, "table")]
         out = call.q.new_zeros((*call.q.shape[:-1], case.value_dim))
-        launch = partial(kernel, call.q, call.k, call.v, out, None, read, None, None, 1 / math.sqrt(case.head_dim))
-        launch()
-        if config == self.default:
-            self._expected = out.clone()
-        elif self._expected is None:
-            self._launch(self.default)
-        assert self._expected is not None
-        largest = self._expected.float().abs().max().clamp(min=1e-30)
-        off = float((out.float() - self._expected.float()).abs().max() / largest)
-        if not off <= _TOLERANCE[case.dtype]:
-            raise SpgenError(f"config {config}", given=f"results that are {off:.1e} off those of {self.default}")
-        return launch
-
-
-def _fault(fault: Exception) -> str:
-    if isinstance(fault, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-        return "out of memory"
-    return first_line(fault)
+        return partial(
+            kernel, call.q, call.k, call.v, out, None, read, None, None, 1 / math.sqrt(case.head_dim)
+        ), out  # fmt: skip
 
 
 @dataclass

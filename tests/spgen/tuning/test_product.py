@@ -20,8 +20,9 @@ from spgen.settings import override
 from spgen.target import Target
 from spgen.tuned import device_of, forget
 from spgen.tuning.compilers import Compilers
+from spgen.tuning.measured import Place
 from spgen.tuning.product import TunedProduct, around
-from spgen.tuning.session import Place, Session
+from spgen.tuning.session import Session
 from spgen.weights.compile import Request, Sizes, config_of
 from spgen.weights.storage import Layout
 

@@ -23,7 +23,8 @@ from spgen.tuned import device_of
 from spgen.tuning import session as sessions
 from spgen.tuning import subject as module
 from spgen.tuning.compilers import Compilers
-from spgen.tuning.session import Place, Session, Tuned
+from spgen.tuning.measured import Place
+from spgen.tuning.session import Session, Tuned
 
 pytest.importorskip("tvm")
 
@@ -138,7 +139,7 @@ def test_what_does_not_fit_the_memory_is_a_fault(compilers: Compilers, monkeypat
     def full(*args: object) -> None:
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(problem, "_launch", full)
+    monkeypatch.setattr(problem, "launch", full)
     assert problem.measure([problem.default], 1) == {problem.default: "out of memory"}
 
 

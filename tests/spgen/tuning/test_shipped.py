@@ -25,7 +25,8 @@ from spgen.target import Target
 from spgen.tuned import choice, request_for, toolchain
 from spgen.tuning.compilers import Compilers
 from spgen.tuning.fit import reported
-from spgen.tuning.session import Place, Tuned
+from spgen.tuning.measured import Place
+from spgen.tuning.session import Tuned
 from spgen.tuning.subject import Subject
 
 TARGETS = {"nvidia-h200-sm-90": "h200", "avx512-x86-64-v4": "cpu", "avx2-x86-64-v3": "cpu:avx2"}
