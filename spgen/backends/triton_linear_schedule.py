@@ -62,7 +62,9 @@ def _hopper(request: Request, out: int) -> Config:
     """Two warpgroups of 128 rows, which keep as much as registers hold."""
     block_n = min(out, WIDEST)
     block_m = 128 if request.gated and block_n == WIDEST else 256
-    return Config(block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={3 if block_n == WIDEST else 4}"))
+    return Config(
+        block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={3 if block_m + block_n > 256 + 64 else 4}")
+    )
 
 
 def _few(request: Request, sizes: Sizes) -> Config:
