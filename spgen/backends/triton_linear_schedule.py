@@ -59,30 +59,41 @@ def _is_for_hopper(request: Request) -> bool:
 
 
 def _hopper(request: Request, out: int) -> Config:
-    """Two warpgroups of 128 rows, which keep as much as registers hold."""
+    """Two warpgroups, which keep as much of y as registers hold.
+
+    Narrow tiles wait for x, so that row tiles come one by one: what programs read at a time is then the same rows.
+    """
     block_n = min(out, WIDEST)
-    block_m = 128 if request.gated and block_n == WIDEST else 256
-    return Config(
-        block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={3 if block_m + block_n > 256 + 64 else 4}")
-    )
+    if block_n < WIDEST:
+        step, stages = (LANES, 4) if block_n > 32 else (32, 8)
+        return Config(256, block_n, (f"step={step}", f"{WARPGROUPS}=2", f"stages={stages}", "group=1"))
+    block_m, stages = (128, 6) if request.gated else (256, 3)
+    return Config(block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={stages}"))
 
 
 def _few(request: Request, sizes: Sizes) -> Config:
+    """Enough programs to fill the device, and small ones where there are more than that."""
     out = request.layout.cols if request.transposed else request.layout.rows
+    lists = -(-(sizes.k if request.transposed else sizes.n) // out)
+    cores = max(request.target.cores, 1)
     block_m = padded(min(sizes.m, 64), SMALLEST_TILE)
     block_n = min(padded(out, SMALLEST_TILE), 32)
-    lists = -(-(sizes.k if request.transposed else sizes.n) // out) * -(-out // block_n)
-    cores = max(request.target.cores, 1)
-    splits = min(padded(-(-2 * cores // max(lists, 1))), 8) if lists < cores else 1
+    if block_m == 64 and padded(out) >= 64 and lists * (padded(out) // 64) >= cores:
+        block_n = 64  # rows of x are read again for each tile
+    programs = lists * -(-out // block_n)
+    # adding parts up takes another launch, which a few idle multiprocessors do not
+    splits = min(padded(-(-2 * cores // max(programs, 1))), 8) if 4 * programs < 3 * cores else 1
+    ample = programs >= 2 * cores
     step = 64 if request.dtype == "float32" else 128
-    options = (f"step={step}", "warps=4", *([f"splits={splits}"] if splits > 1 else []))
-    return _fitted(request, Config(block_m, block_n, options), (block_m + block_n) * step)
+    options = (f"step={step}", f"warps={2 if ample and block_m * block_n <= 1024 else 4}")
+    config = Config(block_m, block_n, (*options, *([f"splits={splits}"] if splits > 1 else [])))
+    return _fitted(request, config, (block_m + block_n) * step, 3 if ample else 4)
 
 
 def _narrow(request: Request, sizes: Sizes) -> Config:
     block_m = min(padded(sizes.m), 8)
-    block_n = max(16, padded(request.layout.rows))
-    return Config(block_m, block_n, (f"step={max(256 // block_m, 64)}", "warps=4"))
+    lists, step, warps = (8, 128, 2) if block_m == 1 else (16, 64, 4)
+    return Config(block_m, max(lists, padded(request.layout.rows)), (f"step={step}", f"warps={warps}"))
 
 
 def sampled_config(request: Request, sizes: Sizes) -> Config:
@@ -91,14 +102,16 @@ def sampled_config(request: Request, sizes: Sizes) -> Config:
     small = request.dtype == "float32"
     rows = min(padded(request.layout.rows, SMALLEST_TILE), 64 if small else 128)
     columns = 64 if small else 128
-    config = Config(32 if small else 64, columns, (f"rows={rows}", f"columns={columns}", "warps=8"))
-    return _fitted(request, config, (rows + columns) * config.block_m)
+    warps, stages = (8, 4) if rows == 128 else (4, 3)
+    config = Config(32 if small else 64, columns, (f"rows={rows}", f"columns={columns}", f"warps={warps}"))
+    return _fitted(request, config, (rows + columns) * config.block_m, stages)
 
 
-def _fitted(request: Request, config: Config, elements: int) -> Config:
-    """With as many stages of so many elements each as shared memory holds, up to four."""
+def _fitted(request: Request, config: Config, elements: int, most: int = 4) -> Config:
+    """With as many stages of so many elements each as shared memory holds, up to `most`."""
     size = elements * ELEMENT_BYTES[request.dtype]
-    most = 4 if request.target.kind == "cuda" else 2
+    if request.target.kind != "cuda":
+        most = 2
     # some of it goes to what turns registers around
     stages = min(max(request.target.smem_bytes * 3 // 4 // size, 1), most)
     return _exact(request.dtype, request.target, config.having(stages=stages))
