@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     from spgen.weights.linear import Linear as Linear
     from spgen.weights.linear import linear as linear
     from spgen.weights.linear import mlp as mlp
+    from spgen.weights.neurons import Activity as Activity
+    from spgen.weights.neurons import ChannelLinear as ChannelLinear
+    from spgen.weights.neurons import NeuronMLP as NeuronMLP
     from spgen.weights.order import concentrated as concentrated
     from spgen.weights.sparsify import freeze as freeze
     from spgen.weights.sparsify import sparsify as sparsify
@@ -91,6 +94,7 @@ _HOMES = {
     "spgen.trace": "maximum minimum select",
     "spgen.attend": "alibi attention",
     "spgen.weights.linear": "Linear MLP linear mlp",
+    "spgen.weights.neurons": "Activity ChannelLinear NeuronMLP",
     "spgen.weights.order": "concentrated",
     "spgen.weights.sparsify": "freeze sparsify sparsity",
     "spgen.weights.training": "Rule Schedule Trained",

@@ -195,13 +195,18 @@ def _alike(one: Weight, other: Weight) -> bool:
 
 def check_weight(name: str, weight: Tensor, pattern: object) -> None:
     """Raises for what is no weight, or no pattern."""
+    check_matrix(name, weight)
+    if not isinstance(pattern, Pattern):
+        raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.block(64, density=0.1)")
+
+
+def check_matrix(name: str, weight: Tensor) -> None:
+    """Raises DtypeError or ShapeError for what is no weight."""
     if not isinstance(weight, Tensor) or weight.dtype not in DTYPES:
         given = str(weight.dtype) if isinstance(weight, Tensor) else type(weight).__name__
         raise DtypeError(name, given=given, allowed=f"a tensor of {', '.join(DTYPES.values())}")
     if weight.dim() != 2:
         raise ShapeError(name, given=f"shape {list(weight.shape)}", allowed="[output features, input features]")
-    if not isinstance(pattern, Pattern):
-        raise DtypeError("pattern", given=type(pattern).__name__, allowed="a pattern such as sp.block(64, density=0.1)")
 
 
 def _stored(
