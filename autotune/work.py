@@ -117,8 +117,13 @@ def least_shared(config: Config, work: Work, target: Target) -> int:
     size = BYTES[work.dtype]
     lanes = padded(work.head_dim), padded(work.value_dim)
     q, k, v = config.block_m * lanes[0] * size, config.block_n * lanes[0] * size, config.block_n * lanes[1] * size
-    if config.option("warpgroups"):  # q of two row tiles, and the result
-        return 2 * q + config.block_m * lanes[1] * size + config.option("stages", 2) * (k + v)
+    if config.option("warpgroups"):  # and, where there is room, q of a second row tile, then the result
+        held = q + config.option("stages", 2) * (k + v)
+        room = (target.smem_total or target.smem_bytes) // (2 // config.option("warpgroups")) - 2 * _reserved(target)
+        for more in (q + config.block_m * lanes[1] * size, q):
+            if held + more <= room:
+                return held + more
+        return held
     stages = stages_of(work, config)
     if target.kind == "hip":
         return max(q if stages == 1 else 0, (stages - 1) * (k + v))

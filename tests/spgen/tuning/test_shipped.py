@@ -69,7 +69,7 @@ def test_five_tries_hold_a_good_configuration_in_nine_of_ten_calls(stem: str) ->
     """In the order in which a tuning tries, which other calls' trials correct, and in that of the model alone."""
     alone, corrected = reported(MEASURED_ON[stem], SHIPPED / f"{stem}.json")
     assert min(alone.near, corrected.near) > 0.9
-    assert corrected.spread < 1.25
+    assert corrected.spread < 1.3
 
 
 @pytest.mark.parametrize("stem", ["avx512-x86-64-v4", "avx2-x86-64-v3"])
