@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from spgen.attend import alibi as alibi
     from spgen.attend import attention as attention
     from spgen.compile import compile_count as compile_count
+    from spgen.convert.compressed_tensors import from_compressed_tensors as from_compressed_tensors
+    from spgen.convert.compressed_tensors import load_compressed as load_compressed
     from spgen.convert.flex import from_block_mask as from_block_mask
     from spgen.convert.flex import from_mask_mod as from_mask_mod
     from spgen.convert.mask import from_mask as from_mask
@@ -87,6 +89,7 @@ _HOMES = {
     "sink stripe top_k vertical_slash where window",
     "spgen.plan": "Plan",
     "spgen.scores": "column_mass last_queries magnitude page_bounds pooled sort_within wanda",
+    "spgen.convert.compressed_tensors": "from_compressed_tensors load_compressed",
     "spgen.convert.flex": "from_block_mask from_mask_mod",
     "spgen.convert.mask": "from_mask",
     "spgen.convert.minference": "from_minference",

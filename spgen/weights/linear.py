@@ -29,10 +29,14 @@ if TYPE_CHECKING:
     from spgen.weights.explain import Explanation
 
 
+# tensors as long as there are blocks, or values
+_COUNTED = {"blocks": ("values", "scales", "index_1", "index_4", "index_5"), "bitmap": ("values",), "n_of_m": ()}
+
+
 class Weight(nn.Module):
     """A weight's stored values, a parameter, and their index, buffers; `Linear` and `MLP` are made of it.
 
-    Quantised values are buffers, too. A state of another number of values loads: its tensors take these ones' place.
+    Quantised values are buffers, too. A state of another number of blocks or values loads: it takes the place of these.
     """
 
     scales: Tensor | None
@@ -78,9 +82,9 @@ class Weight(nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        for name, tensor in (*self._parameters.items(), *self._buffers.items()):
-            given = state_dict.get(prefix + name)
-            if tensor is not None and given is not None and given.shape != tensor.shape:
+        for name in _COUNTED[Layout.read(self.layout).kind]:
+            tensor, given = getattr(self, name), state_dict.get(prefix + name)
+            if tensor is not None and given is not None and given.shape[1:] == tensor.shape[1:]:
                 tensor.data = tensor.new_empty(given.shape)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 

@@ -100,7 +100,7 @@ def _check(model: object, patterns: object, values: str | None, train: object) -
 
 def _chosen(model: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, tuple[nn.Module, Pattern]]:
     """Layers by name, each with the pattern of the first glob that matches."""
-    layers = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     for glob in patterns:
         if not any(fnmatchcase(name, glob) for name in layers):
             close = get_close_matches(glob, layers, _NAMES, 0.4) or list(layers)[:_NAMES]
@@ -114,7 +114,7 @@ def _chosen(model: nn.Module, patterns: Mapping[str, Pattern]) -> dict[str, tupl
     return found
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Layers that compute x W^T + bias and nothing else, which a subclass may not."""
     return type(module) is nn.Linear or _is_conv1d(module)
 
