@@ -36,7 +36,7 @@ def default_config(request: Request, sizes: Sizes) -> Config:
     if sizes.height == "few":
         return _narrow(request, sizes) if narrow else _few(request, sizes)
     if _is_for_hopper(request):
-        return _hopper(request, out)
+        return _hopper(request)
     block_n = min(padded(out, SMALLEST_TILE), 128)
     wide = request.dtype == "float32"
     block_m, step = (64, 32) if wide else (_FULL, 64)
@@ -58,14 +58,16 @@ def _is_for_hopper(request: Request) -> bool:
     )
 
 
-def _hopper(request: Request, out: int) -> Config:
+def _hopper(request: Request) -> Config:
     """Two warpgroups, which keep as much of y as registers hold.
 
     Narrow tiles wait for x, so that row tiles come one by one: what programs read at a time is then the same rows.
     """
+    rows, cols = request.layout.rows, request.layout.cols
+    out, into = (cols, rows) if request.transposed else (rows, cols)
     block_n = min(out, WIDEST)
     if block_n < WIDEST:
-        step, stages = (LANES, 4) if block_n > 32 else (32, 8)
+        step, stages = (32, 8) if max(out, into) <= 32 else (LANES, 4)
         return Config(256, block_n, (f"step={step}", f"{WARPGROUPS}=2", f"stages={stages}", "group=1"))
     block_m, stages = (128, 6) if request.gated else (256, 3)
     return Config(block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={stages}"))
@@ -87,7 +89,7 @@ def _few(request: Request, sizes: Sizes) -> Config:
     step = 64 if request.dtype == "float32" else 128
     options = (f"step={step}", f"warps={2 if ample and block_m * block_n <= 1024 else 4}")
     config = Config(block_m, block_n, (*options, *([f"splits={splits}"] if splits > 1 else [])))
-    return _fitted(request, config, (block_m + block_n) * step, 3 if ample else 4)
+    return _fitted(request, config, (block_m + block_n) * step, 3 if ample or block_n == 64 else 4)
 
 
 def _narrow(request: Request, sizes: Sizes) -> Config:

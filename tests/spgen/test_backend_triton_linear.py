@@ -6,7 +6,9 @@ import pytest
 
 import spgen as sp
 from spgen.backends.triton_linear import build, build_sampled, default_config, sampled_config
+from spgen.ir.kernel import option
 from spgen.target import Target
+from spgen.templates.gluon import linear as gluon_linear
 from spgen.weights.compile import Request, Sizes, kernel_of, sampled_kernel_of
 from spgen.weights.storage import Layout
 from tests.interpreted import run_interpreted
@@ -87,7 +89,7 @@ def test_alignment() -> None:
     assert not form.allows([*pointers[1:], 8], (512, 512, 512, 8, 8, 1))
 
 
-@pytest.mark.parametrize("layout", ["blocks(256, 256)", "blocks(64, 64)", "blocks(32, 16)"])
+@pytest.mark.parametrize("layout", ["blocks(256, 256)", "blocks(64, 64)", "blocks(16, 128)"])
 @pytest.mark.parametrize("options", [{}, {"transposed": True}, {"gated": True, "activation": "gelu", "bias": True}])
 def test_hoppers_form_compiles(layout: str, options: dict[str, object]) -> None:
     one, sizes = request(layout, "h200", "float16", **options), Sizes(4096, 4096, 4096, 1000)
@@ -102,3 +104,18 @@ def test_hoppers_form_is_hoppers() -> None:
     for target, dtype in (("sm_80", "bfloat16"), ("sm_90", "float32"), ("gfx942", "bfloat16")):
         one, sizes = request("blocks(64, 64)", target, dtype), Sizes(4096, 4096, 4096, 1000)
         assert build(kernel_of(one, sizes, default_config(one, sizes)), one.target).hopper is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_hoppers_tiles_fit(transposed: bool, gated: bool) -> None:
+    sides = (16, 32, 64, 128, 256)
+    for rows in sides:
+        for cols in sides:
+            one = request(f"blocks({rows}, {cols})", "h200", transposed=transposed, gated=gated)
+            sizes = Sizes(4096, 4096, 4096, 1000)
+            kernel = kernel_of(one, sizes, default_config(one, sizes))
+            lanes, width, per = gluon_linear.lanes(kernel), gluon_linear.width(kernel), gluon_linear.per(kernel)
+            step = (kernel["block_m"] + width) * lanes * per
+            elements = option(kernel, "stages", 0) * step + kernel["block_m"] * width
+            assert 2 * elements + 1024 <= one.target.smem_bytes, str(kernel)
