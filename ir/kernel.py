@@ -1,6 +1,6 @@
 """Level 3, KERNEL: one loop over segments with its schedule attached; the templates print it and decide nothing.
 
-`attention` follows; `linear` and `sampled`, products with sparse weights, stand at the end.
+`attention` follows; `linear`, `sampled` and `neurons`, products with sparse weights, stand at the end.
 
 A kernel program owns one row tile of one query head (or of a packed group of heads) and visits its segments in order.
 A segment is a run of *positions* `[start, stop)`. Position `p` stands for the column `column(p)` and the key
@@ -41,6 +41,14 @@ or, transposed, y [M, K] from x [M, N]. Storages: "blocks" of `rows` x `cols`, w
 with at most `rows` (n) of each `cols` (m) consecutive columns; "bitmap" with any. Products add up in float32. `sampled`
 computes the stored blocks of the gradient g [M, N], x [M, K] -> g^T x. `height` says for how many rows of x a kernel is
 made: "few", whose time goes into reading weights, or "many".
+
+`neurons` kernels multiply with rows of a weight that lists [G, F] name, each for `rows` rows of x; their numbers [G] lie
+on the device. The parts: "union", flags of neurons that any of a list's rows finds active by its scores [M, F];
+"compact", the ascending lists of scores or (dtype uint8) of flags; "up", for the a-th neuron i of the list
+
+    h[., a] = activation(x . w[i] + bias[i])        gated:  h[., a] = activation(gate[., i]) * (x . w[i])
+
+and "down", y = sum over a of h[., a] w[i] + bias.
 """
 
 from __future__ import annotations
@@ -59,6 +67,7 @@ BIASES = ("none", "key", "alibi")
 STORAGES = ("blocks", "n_of_m", "bitmap")
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 HEIGHTS = ("few", "many")
+NEURON_PARTS = ("union", "compact", "up", "down")
 
 
 def _check_table(op: Op) -> SpgenError | None:
@@ -77,6 +86,13 @@ def _check_attention(op: Op) -> SpgenError | None:
 
 def _check_linear(op: Op) -> SpgenError | None:
     for name, allowed in (("storage", STORAGES), ("activation", ACTIVATIONS), ("height", HEIGHTS)):
+        if op[name] not in allowed:
+            return SpgenError(name, given=op[name], allowed=", ".join(allowed))
+    return None
+
+
+def _check_neurons(op: Op) -> SpgenError | None:
+    for name, allowed in (("part", NEURON_PARTS), ("activation", ACTIVATIONS)):
         if op[name] not in allowed:
             return SpgenError(name, given=op[name], allowed=", ".join(allowed))
     return None
@@ -138,6 +154,17 @@ KERNEL = Dialect(
         # The gradient of stored blocks, tile by tile: block_m rows of x and g a step.
         "sampled": OpDef(
             {"dtype": "str", "rows": "int", "cols": "int", "values": "str", "block_m": "int", "options": "strs"}
+        ),
+        # A part of a product with active neurons. `positive`, `known`: active is what is above the threshold, else what
+        # is no smaller in magnitude; the threshold is a number, else a tensor. `gathered`: h has its values where the
+        # list says, else one behind the other. Tiles: block_a active neurons by block_n columns.
+        "neurons": OpDef(
+            {
+                "dtype": "str", "part": "str", "rows": "int", "positive": "bool", "known": "bool", "gated": "bool",
+                "bias": "bool", "gathered": "bool", "activation": "str", "block_a": "int", "block_n": "int",
+                "options": "strs",
+            },
+            check=_check_neurons,
         ),
     },
 )  # fmt: skip

@@ -17,6 +17,7 @@ import threading
 from functools import cache
 
 import torch
+from torch import Tensor
 
 from spgen.backends.triton_launch import driver
 
@@ -61,3 +62,37 @@ class Counters:
 def counters(device: int) -> Counters:
     """The counters of a device, which live as long as the process."""
     return Counters(device)
+
+
+_lock = threading.Lock()
+_POOL = 2**20  # counters that captured launches share out
+
+_arrivals: dict[tuple[int, int], Tensor] = {}
+_pools: dict[int, tuple[Tensor, int]] = {}
+
+
+def arrivals(like: Tensor, count: int) -> Tensor:
+    """Int32 counters that are 0, for a kernel on the current stream of `like`'s device that leaves them so.
+
+    A captured launch gets counters of its own, for good: graphs may run beside each other, and one that had to clear
+    its counters first would take longer. They come from what the first call outside a capture set aside.
+    """
+    if not like.is_cuda:
+        return torch.zeros(count, dtype=torch.int32)
+    device = like.get_device()
+    if torch.cuda.is_current_stream_capturing():
+        with _lock:
+            pool, taken = _pools.get(device, (None, 0))
+            if pool is not None and taken + count <= len(pool):
+                _pools[device] = pool, taken + count
+                return pool[taken : taken + count]
+        return torch.zeros(count, dtype=torch.int32, device=like.device)
+    key = (device, torch._C._cuda_getCurrentRawStream(device))
+    known = _arrivals.get(key)
+    if known is None or len(known) < count:
+        with _lock:
+            if device not in _pools:
+                _pools[device] = torch.zeros(_POOL, dtype=torch.int32, device=like.device), 0
+        known = torch.zeros(max(count, _WORDS), dtype=torch.int32, device=like.device)
+        _arrivals[key] = known
+    return known

@@ -1,0 +1,80 @@
+"""2:4 weights on the sparse tensor cores of NVIDIA GPUs, through the cuSPARSELt that PyTorch brings.
+
+Where a call's rows are many the hardware's own 2:4 products are the fastest (Mishra et al., "Accelerating Sparse Deep
+Neural Networks", 2021). Triton cannot say them.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from spgen.target import Target
+
+if TYPE_CHECKING:
+    from spgen.weights.compile import Request, Sizes
+
+_MULTIPLE = 32  # of features
+_ROWS = 16  # of x
+_DTYPES = ("bfloat16", "float16")
+_SHARES = ((1, 2), (1, 4), (2, 4))  # of which at most 2 of 4 are stored
+
+# by the storage of a weight's values: where in it they begin, their version, and the library's form
+_compressed: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int, Tensor]] = WeakKeyDictionary()
+_algorithms: dict[tuple[object, ...], int] = {}
+_lock = threading.Lock()
+
+
+def serves(request: Request, sizes: Sizes) -> bool:
+    """Whether such products can be had here: y = x W^T (+ bias) of 16-bit values, at most 2 of 4 of them stored."""
+    layout = request.layout
+    plain = not (request.transposed or request.gated or request.scales) and request.activation == "none"
+    stored = layout.kind == "n_of_m" and (layout.rows, layout.cols) in _SHARES
+    fits = sizes.n % _MULTIPLE == 0 and sizes.k % _MULTIPLE == 0 and sizes.n > 0 < sizes.k
+    return plain and stored and fits and request.values == request.dtype in _DTYPES and is_there(request.target)
+
+
+@lru_cache(maxsize=8)
+def is_there(target: Target) -> bool:
+    """Whether PyTorch brings the library and the GPU has sparse tensor cores."""
+    if target.kind != "cuda" or not torch.cuda.is_available() or not torch.backends.cusparselt.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def known(values: Tensor) -> Tensor | None:
+    """The library's form of the weight with these stored values, if it was made and they have not changed since."""
+    found = _compressed.get(values.untyped_storage())
+    if found is None or found[:2] != (values.storage_offset(), values._version):
+        return None
+    return found[2]
+
+
+def compressed(values: Tensor, weight: Tensor) -> Tensor:
+    """The library's form of `weight` [N, K], kept as long as its stored `values`."""
+    made = torch._cslt_compress(weight)
+    with _lock:
+        _compressed[values.untyped_storage()] = (values.storage_offset(), values._version, made)
+    return made
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Write y [M, N] = x [M, K] W^T + bias of a compressed weight. The fastest algorithm is searched once per size.
+
+    A search waits for the device: while a graph is captured the library's own choice is taken.
+    """
+    rows = len(x)
+    columns = pad(x, (0, 0, 0, -rows % _ROWS)).t()
+    key = (x.get_device(), x.dtype, *y.shape, x.shape[1], bias is not None)
+    algorithm = _algorithms.get(key)
+    if algorithm is None and not torch.cuda.is_current_stream_capturing():
+        algorithm = int(torch._cslt_sparse_mm_search(weight, columns, bias=bias, transpose_result=True))
+        _algorithms[key] = algorithm
+    out = torch._cslt_sparse_mm(weight, columns, bias=bias, transpose_result=True, alg_id=algorithm or 0)
+    y.copy_(out[:rows])
