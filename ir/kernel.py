@@ -42,8 +42,8 @@ with at most `rows` (n) of each `cols` (m) consecutive columns; "bitmap" with an
 computes the stored blocks of the gradient g [M, N], x [M, K] -> g^T x. `height` says for how many rows of x a kernel is
 made: "few", whose time goes into reading weights, or "many".
 
-`neurons` kernels multiply with rows of a weight that lists [G, F] name, each for `rows` rows of x; their numbers [G] lie
-on the device. The parts: "union", flags of neurons that any of a list's rows finds active by its scores [M, F];
+`neurons` kernels multiply with rows of a weight that lists [G, F] name, each for `rows` rows of x; their lengths [G]
+are on the device. The parts: "union", flags of neurons that any of a list's rows finds active by its scores [M, F];
 "compact", the ascending lists of scores or (dtype uint8) of flags; "up", for the a-th neuron i of the list
 
     h[., a] = activation(x . w[i] + bias[i])        gated:  h[., a] = activation(gate[., i]) * (x . w[i])

@@ -54,14 +54,24 @@ class Product:
 
     def _weight(self, generator: torch.Generator, device: str) -> Stored:
         layout = Layout.read(self.layout)
-        kept = torch.rand(-(-self.n // layout.rows), -(-self.k // layout.cols), generator=generator) < self.density
-        kept = kept.repeat_interleave(layout.rows, 0).repeat_interleave(layout.cols, 1)[: self.n, : self.k]
+        kept = self._kept(layout, generator)
         weight = torch.randn(self.n, self.k, generator=generator).to(getattr(torch, self.dtype))
         stored = pack(weight, kept, layout)
         stored = quantized(stored, self.values) if self.values else stored
         moved = [tensor.to(device) for tensor in stored.index]
         scales = None if stored.scales is None else stored.scales.to(device)
         return replace(stored, values=stored.values.to(device), index=tuple(moved), scales=scales)
+
+    def _kept(self, layout: Layout, generator: torch.Generator) -> Tensor:
+        """Random blocks; or random places, of groups up to n."""
+        grouped = layout.kind == "n_of_m"
+        rows, cols = (1, 1) if grouped else (layout.rows, layout.cols)
+        kept = torch.rand(-(-self.n // rows), -(-self.k // cols), generator=generator) < self.density
+        kept = kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[: self.n, : self.k]
+        if grouped:
+            order = torch.rand(self.n, -(-self.k // layout.cols), layout.cols, generator=generator).argsort(-1)
+            kept = kept & (order < layout.rows).flatten(1)[:, : self.k]
+        return kept
 
     def request(self, weights: Sequence[Stored], target: Target) -> Request:
         """What its kernel is specialised for."""

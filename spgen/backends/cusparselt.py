@@ -60,7 +60,7 @@ def compressed(values: Tensor, weight: Tensor) -> Tensor:
     """The library's form of `weight` [N, K], kept as long as its stored `values`."""
     made = torch._cslt_compress(weight)
     with _lock:
-        _compressed[values.untyped_storage()] = (values.storage_offset(), values._version, made)
+        _compressed[values.untyped_storage()] = (int(values.storage_offset()), values._version, made)
     return made
 
 
@@ -74,7 +74,10 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     key = (x.get_device(), x.dtype, *y.shape, x.shape[1], bias is not None)
     algorithm = _algorithms.get(key)
     if algorithm is None and not torch.cuda.is_current_stream_capturing():
-        algorithm = int(torch._cslt_sparse_mm_search(weight, columns, bias=bias, transpose_result=True))
+        # older versions of PyTorch have the search under another name
+        search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None) or torch._cslt_sparse_mm_search
+        found = search(weight, columns, bias, None, None, True)
+        algorithm = int(found[0] if isinstance(found, (tuple, list)) else found)
         _algorithms[key] = algorithm
     out = torch._cslt_sparse_mm(weight, columns, bias=bias, transpose_result=True, alg_id=algorithm or 0)
     y.copy_(out[:rows])

@@ -2,17 +2,16 @@
 
 | option | meaning |
 |---|---|
-| `units` | columns of a step, by eights |
-| `stages` | steps on their way |
 | `warps` | of a program |
-| `splits` | shares of the columns, whose sums the last program to arrive adds up |
+| `cores` | 1: few rows times 2:4 weights by sparse tensor cores, straight from the stored form |
+| `warps_n`, `steps` | of those: warps beside each other on rows of weights; chunks of columns on their way |
+| `cusparselt` | 1: many rows times 2:4 weights, by that library |
 | `dense` | 1: the weight is unpacked first |
-| `cusparselt` | 1: by the sparse tensor cores |
 
-Up to 4 rows of x are multiplied as weights come, more by the matrix units, from tiles that are unpacked in the
-kernel. Where rows are very many the weight is unpacked once, to a workspace [N, K] of x's dtype, and multiplied by
-cuBLAS. Transposed products always are, and those with groups that no tile holds (`bits.serves`); a weight with scales
-is then rounded to x's dtype.
+Up to 4 rows of x are multiplied as weights come, and up to 64 by sparse tensor cores if the storage is 2:4. All other
+products unpack the weight, to a workspace [N, K] of x's dtype, and leave the rest to cuBLAS: tiles that were unpacked
+in shared memory for Triton's `dot` took three times as long, at any number of rows. Values of fewer bits are unpacked
+exactly and the sums scaled, but for transposed products, whose weights are rounded to x's dtype after scaling.
 """
 
 from __future__ import annotations
@@ -27,24 +26,21 @@ from torch.nn import functional
 
 from spgen.backends import cusparselt
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
-from spgen.backends.triton_counters import arrivals
 from spgen.backends.triton_program import Form, Program
 from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
+from spgen.settings import triton_interpreted
 from spgen.target import Target
 from spgen.templates.gluon import two_of_four
 from spgen.templates.triton import bits
-from spgen.templates.triton.attention import SMALLEST_TILE
-from spgen.templates.triton.bits import LINEAR, UNIT, UNPACK, padded
-from spgen.weights.storage import Stored
+from spgen.templates.triton.bits import LINEAR, UNIT, UNPACK
+from spgen.weights.storage import Layout, Stored
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
 
 VALUES = {**TRITON_TYPES, "int8": "i8", "int4": "u8"}
-_UNPACK_FROM = 2048  # rows of x, from which unpacking first was faster
-_LIBRARY_FROM = 256  # and cuSPARSELt
 _ONE_BY_ONE = 4  # rows of x that are multiplied as weights come
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -60,43 +56,32 @@ class BitsProduct:
 
     def __init__(self, kernel: Op, target: Target) -> None:
         self.kernel, self.target = kernel, target
-        self._unpacks = bool(option(kernel, "dense", 0)) or not bits.serves(kernel) or kernel["transposed"]
         self._library = bool(option(kernel, "cusparselt", 0)) and cusparselt.is_there(target)
-        self._splits = bits.splits(kernel)
         self._cores = bool(option(kernel, "cores", 0))
+        unpacks = option(kernel, "dense", 0) or option(kernel, "cusparselt", 0) or kernel["transposed"]
+        self._unpacks = bool(unpacks) or not bits.serves(kernel)
         if self._cores:
             forms = [_cores_form(kernel, entry) for entry in two_of_four.entries(kernel)]
-            source = "gluon/two_of_four.py.jinja"
-            self.cores = Program(source, str(kernel), lambda: two_of_four.symbols(kernel), forms, target)
-        self.program = Program(
-            "triton/bits.py.jinja", str(kernel), lambda: bits.symbols(kernel),
-            [form(kernel, entry) for entry in bits.ENTRIES], target,
-        )  # fmt: skip
+            template, symbols = "gluon/two_of_four.py.jinja", two_of_four.symbols
+        else:
+            forms = [form(kernel, UNPACK if self._unpacks else LINEAR)]
+            template, symbols = "triton/bits.py.jinja", bits.symbols
+        self.program = Program(template, str(kernel), lambda: symbols(kernel), forms, target)
 
     def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Write y; shapes, dtypes and devices are the caller's promise (spgen.weights.compile.Backend)."""
         if not y.numel():
             return
-        if self._cores and _in_words(x):
-            self._by_cores(x, weights, bias, y)
+        if self._cores:
+            self._by_cores(x if _in_words(x) else x.clone(memory_format=torch.contiguous_format), weights, bias, y)
         elif self._library:
             self._by_library(x, weights[0], bias, y)
         elif self._unpacks:
             self._unpacked_first(x, weights, bias, y)
         else:
-            self._by_tiles(x, weights, bias, y)
-
-    def _by_tiles(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
-        kernel, (m, n) = self.kernel, y.shape
-        tensors = [x, *(one for weight in weights for one in _tensors(weight)), *([] if bias is None else [bias]), y]
-        grid = -(-n // kernel["block_n"])
-        if bits.multiplies(kernel):
-            grid *= -(-m // bits.lanes(kernel)) * self._splits
-        if self._splits > 1:
-            tile = kernel["block_n"] * bits.lanes(kernel) * len(weights)
-            tensors += [x.new_empty(grid * tile, dtype=torch.float32), arrivals(x, grid // self._splits)]
-        numbers = (n, x.shape[1], _units(weights[0]), m, x.stride(0))
-        self.program.launch(LINEAR, tensors, numbers, grid)
+            numbers = (y.shape[1], x.shape[1], _units(weights[0]), len(y), x.stride(0))
+            grid = -(-y.shape[1] // self.kernel["block_n"])
+            self.program.launch(LINEAR, _all(x, weights, bias, y), numbers, grid)
 
     def _by_cores(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Few rows times 2:4 weights by sparse tensor cores; all tensors are taken as words of 32 bits."""
@@ -105,10 +90,10 @@ class BitsProduct:
         pairs, row = x.shape[1] // 2, x.stride(0) // 2
         if not two_of_four.is_direct(self.kernel):
             words = x.new_empty(units * tiles * two_of_four.ROWS * UNIT)
-            self.cores.launch(two_of_four.ARRANGE, [x, words], (m, pairs, row), units // UNIT * tiles)
+            self.program.launch(two_of_four.ARRANGE, [x, words], (m, pairs, row), units // UNIT * tiles)
             x = words
-        tensors = [x, *(one for weight in weights for one in _tensors(weight)), *([] if bias is None else [bias]), y]
-        self.cores.launch(LINEAR, tensors, (n, pairs, units, m, row), -(-n // self.kernel["block_n"]))
+        numbers = (n, pairs, units, m, row)
+        self.program.launch(LINEAR, _all(x, weights, bias, y), numbers, -(-n // self.kernel["block_n"]))
 
     def _by_library(self, x: Tensor, weight: Stored, bias: Tensor | None, y: Tensor) -> None:
         """2:4 products by cuSPARSELt, whose form of the weight is made at the first call."""
@@ -119,27 +104,33 @@ class BitsProduct:
 
     def _unpacked_first(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Products with dense matrices: with nothing to be done to their sums but a bias, by cuBLAS alone."""
-        activation = self.kernel["activation"]
+        kernel, activation = self.kernel, self.kernel["activation"]
         matrices = [self.unpacked(weight, x) for weight in weights]
-        sides = matrices if self.kernel["transposed"] else [matrix.t() for matrix in matrices]
-        if activation == "none" and len(sides) == 1:
+        sides = matrices if kernel["transposed"] else [matrix.t() for matrix in matrices]
+        scaled = kernel["scales"] and bits.serves(kernel) and not kernel["transposed"]
+        if activation == "none" and len(sides) == 1 and not scaled:
             torch.mm(x, sides[0], out=y) if bias is None else torch.addmm(bias, x, sides[0], out=y)
             return
-        total, *others = [_product(x, side) for side in sides]
+        sums = [_product(x, side) for side in sides]
+        if scaled:
+            for one, weight in zip(sums, weights, strict=True):
+                assert weight.scales is not None
+                one *= weight.scales
+        total, *others = sums
         if bias is not None:
             total += bias
         total = _ACTIVATIONS[activation](total)
         y.copy_(total * others[0] if others else total)
 
     def unpacked(self, weight: Stored, x: Tensor) -> Tensor:
-        """The weight [N, K] in x's dtype."""
+        """The weight [N, K] in x's dtype; see the module's text for scales."""
         if not bits.serves(self.kernel):
             return weight.dense().to(x.dtype)
         n, k = weight.shape
         units = _units(weight)
         matrix = torch.empty(n, k, dtype=x.dtype, device=x.device)
         grid = n * -(-units // bits.UNPACK_UNITS)
-        self.program.launch(UNPACK, [*_tensors(weight), matrix], (n, k, units), grid)
+        self.program.launch(UNPACK, [*_tensors(weight, bits.is_scaled(self.kernel)), matrix], (n, k, units), grid)
         return matrix
 
 
@@ -168,9 +159,15 @@ def _in_words(x: Tensor) -> bool:
     return x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
 
 
-def _tensors(weight: Stored) -> list[Tensor]:
-    stored, *offsets = weight.index
-    return [weight.values, stored.view(torch.uint8), *offsets, *([] if weight.scales is None else [weight.scales])]
+def _all(x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> list[Tensor]:
+    stored = [one for weight in weights for one in _tensors(weight)]
+    return [x, *stored, y] if bias is None else [x, *stored, bias, y]
+
+
+def _tensors(weight: Stored, scaled: bool = True) -> list[Tensor]:
+    bits_of, *offsets = weight.index
+    scales = [] if weight.scales is None or not scaled else [weight.scales]
+    return [weight.values, bits_of.view(torch.uint8), *offsets, *scales]
 
 
 def _units(weight: Stored) -> int:
@@ -181,18 +178,34 @@ def _units(weight: Stored) -> int:
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Always a legal choice."""
-    m, cores = max(sizes.m, 1), max(request.target.cores, 1)
-    wide = request.dtype == "float32"
-    if m > _LIBRARY_FROM and cusparselt.serves(request, sizes):
+    if sizes.height == "few" and _has_cores(request, sizes):
+        return _cores_config(max(sizes.m, 1))
+    if sizes.height == "many" and cusparselt.serves(request, sizes):
         return Config(128, 128, ("cusparselt=1",))
-    plain = not (request.gated or request.scales) and request.activation == "none"
-    if m > _UNPACK_FROM and plain:
+    if sizes.m > _ONE_BY_ONE:
         return Config(128, 128, ("dense=1",))
-    if m <= _ONE_BY_ONE:
-        rows = 4 if request.gated or m > 2 else 8
-        warps = 1 if sizes.n >= 8 * rows * cores else 4
-        return Config(padded(m), rows, (f"warps={warps}",))
-    if sizes.height == "few":
-        splits = min(padded(-(-4 * cores * 64 // max(sizes.n, 1))), 16)
-        return Config(padded(m, SMALLEST_TILE), 64, ("units=8", "warps=4", "stages=3", f"splits={splits}"))
-    return Config(64 if wide else 128, 64 if wide else 128, ("units=8", "warps=8", "stages=3"))
+    return Config(bits.padded(max(sizes.m, 1)), 4 if request.gated or sizes.m > 2 else 8, ("warps=4",))
+
+
+def _has_cores(request: Request, sizes: Sizes) -> bool:
+    """Whether sparse tensor cores take a call of few rows; quantised values are widened as compute capability 9 can."""
+    half = request.dtype in ("bfloat16", "float16")
+    values = request.values == request.dtype or (request.scales and request.dtype == "bfloat16")
+    stored = request.layout == Layout("n_of_m", 2, 4) and half and values
+    if not stored or request.transposed or sizes.k % 2 or request.target.kind != "cuda" or triton_interpreted():
+        return False
+    return int(request.target.arch.removeprefix("sm_")) >= (90 if request.scales else 80)
+
+
+def _cores_config(m: int) -> Config:
+    """Measured on an H200, 4096 features to 14336."""
+    rows = m if m <= two_of_four.DIRECT else -(-m // two_of_four.ROWS) * two_of_four.ROWS
+    if rows <= two_of_four.DIRECT:
+        return Config(rows, 16, ("cores=1", "warps=4", "steps=2"))
+    if rows <= 8:
+        return Config(rows, 16, ("cores=1", "warps=2", "steps=4"))
+    if rows <= 16:
+        return Config(rows, 32, ("cores=1", "warps=4", "steps=2"))
+    if rows <= 32:
+        return Config(rows, 32, ("cores=1", "warps=4", "steps=1"))
+    return Config(rows, 64, ("cores=1", "warps=4", "warps_n=2", "steps=1"))

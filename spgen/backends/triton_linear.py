@@ -11,11 +11,11 @@ from torch import Tensor
 
 from spgen.backends import gluon_linear
 from spgen.backends.gluon_linear import HopperProduct, group_of
+from spgen.backends.triton_bits import BitsProduct
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_linear_schedule import default_config as default_config
 from spgen.backends.triton_linear_schedule import sampled_config as sampled_config
 from spgen.backends.triton_program import Form, Program
-from spgen.errors import UnsupportedError
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
@@ -38,11 +38,11 @@ _built: dict[tuple[Op, str, bool], Any] = {}
 _lock = threading.Lock()
 
 
-def build(kernel: Op, target: Target) -> BlockProduct:
+def build(kernel: Op, target: Target) -> BlockProduct | BitsProduct:
     """The launchable form of a level-3 `linear` kernel; source and binaries are made when they are needed first."""
-    if kernel["storage"] != "blocks":
-        raise UnsupportedError("storage", given=kernel["storage"], allowed="blocks, on GPUs")
-    return _once(BlockProduct, kernel, target)
+    if kernel["storage"] == "blocks":
+        return _once(BlockProduct, kernel, target)
+    return _once(BitsProduct, kernel, target)
 
 
 def build_sampled(kernel: Op, target: Target) -> BlockGradient:

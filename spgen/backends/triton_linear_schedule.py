@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spgen.backends.triton_bits import default_config as bits_config
 from spgen.backends.triton_compile import ELEMENT_BYTES
 from spgen.ir.config import Config
 from spgen.settings import settings
@@ -31,6 +32,8 @@ _FULL = 128  # rows of a tile of y whose products fill the tensor cores
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Always a legal choice."""
+    if request.layout.kind != "blocks":
+        return bits_config(request, sizes)
     out = request.layout.cols if request.transposed else request.layout.rows
     narrow = not request.transposed and out < SMALLEST_TILE
     if sizes.height == "few":

@@ -63,22 +63,28 @@ def compact(
     rows, numbers = min(rows_per_list, m), (f, m, scores.stride(0), *bits)
     grid = n_lists * -(-f // block)
     if rows < MULTIPLY:
-        one = _program(_kernel(scores, "compact", rows, block_a=chunk, block_n=block, **common), _target(scores))
+        one = program_of(_kernel(scores, "compact", rows, block_a=chunk, block_n=block, **common), _target(scores))
         one.launch("compact", [scores, index, count, *limit], numbers, grid)
         return index, count
     flags = torch.empty(n_lists, f, dtype=torch.uint8, device=scores.device)
-    union = _program(_kernel(scores, "union", rows, block_n=_UNION, **common), _target(scores))
+    union = program_of(_kernel(scores, "union", rows, block_n=_UNION, **common), _target(scores))
     union.launch("union", [scores, flags, *limit], numbers, n_lists * -(-f // _UNION))
-    one = _program(_kernel(flags, "compact", 1, block_a=chunk, block_n=block), _target(scores))
+    one = program_of(_kernel(flags, "compact", 1, block_a=chunk, block_n=block), _target(scores))
     one.launch("compact", [flags, index, count], (f, n_lists), grid)
     return index, count
 
 
 def up(
-    x: Tensor, w_up: Tensor, index: Tensor, count: Tensor, gate: Tensor | None = None, bias: Tensor | None = None,
-    activation: str = "none", rows_per_list: int = 1,
+    x: Tensor,
+    w_up: Tensor,
+    index: Tensor,
+    count: Tensor,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "none",
+    rows_per_list: int = 1,
 ) -> Tensor:
-    """The hidden values of active neurons, [M, F] in x's dtype: column a is that of the list's a-th, the rest is not set.
+    """The hidden values of active neurons, [M, F] in x's dtype: column a is for the list's a-th, the rest is not set.
 
     With `gate` [M, F], activation(gate) * (x . w_up), else activation(x . w_up + bias), of x [M, K] and w_up [F, K].
     """  # fmt: skip
@@ -105,12 +111,17 @@ def up(
     given = [one for one in (gate, bias) if one is not None]
     numbers = (programs, f, m, k, x.stride(0), *([] if gate is None else [gate.stride(0)]))
     if h.numel():
-        _program(kernel, target).launch("up", [x, w_up, index, count, *given, h], numbers, programs * len(count))
+        program_of(kernel, target).launch("up", [x, w_up, index, count, *given, h], numbers, programs * len(count))
     return h
 
 
 def down(
-    h: Tensor, w_down_t: Tensor, index: Tensor, count: Tensor, bias: Tensor | None = None, compacted: bool = True,
+    h: Tensor,
+    w_down_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    bias: Tensor | None = None,
+    compacted: bool = True,
     rows_per_list: int = 1,
 ) -> Tensor:
     """y [M, D] = sum of h's active neurons times their rows of w_down_t [F, D], + bias, in h's dtype.
@@ -137,22 +148,22 @@ def down(
     cells = config.block_n * (neurons.lanes(kernel) if neurons.multiplies(kernel) else rows)
     parts = h.new_empty(tiles * splits * cells if splits > 1 else 1, dtype=torch.float32)
     tensors = [h, w_down_t, index, count, *([] if bias is None else [bias]), y, parts, arrivals(h, 32 * tiles)]
-    _program(kernel, target).launch("down", tensors, (splits, f, m, d, h.stride(0)), tiles * splits)
+    program_of(kernel, target).launch("down", tensors, (splits, f, m, d, h.stride(0)), tiles * splits)
     return y
 
 
 def up_config(x: Tensor, rows: int) -> Config:
     """Active neurons by columns of a step; `resident` programs for each multiprocessor."""
     if rows >= MULTIPLY:
-        return Config(16, 256, ("warps=2", "stages=5", "resident=4"))
-    return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=4", "resident=32"))
+        return Config(16, 256, ("warps=2" if rows <= 16 else "warps=4", "stages=4", "resident=4"))
+    return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
 
 
 def down_config(rows: int) -> Config:
     """Likewise; `splits` is the largest number of programs that share a list's neurons."""
     if rows >= MULTIPLY:
-        return Config(16, 128, ("warps=4", "stages=4", "resident=4", "splits=8"))
-    return Config(max(32 // padded(rows), 8), 256, ("warps=4", "resident=4", "splits=32"))
+        return Config(128, 64, ("warps=4", "stages=2", "resident=4", "splits=4"))
+    return Config(max(64 // padded(rows), 16), 128, ("warps=4", "resident=4", "splits=16"))
 
 
 def _kernel(like: Tensor, part: str, rows: int, block_n: int, block_a: int = 1, **attributes: Any) -> Op:
@@ -164,7 +175,8 @@ def _kernel(like: Tensor, part: str, rows: int, block_n: int, block_a: int = 1, 
 
 
 @lru_cache(maxsize=1024)
-def _program(kernel: Op, target: Target) -> Program:
+def program_of(kernel: Op, target: Target) -> Program:
+    """The launchable form of a level-3 `neurons` kernel."""
     return Program(
         "triton/neurons.py.jinja", str(kernel), lambda: neurons.symbols(kernel), [form(kernel)], target
     )  # fmt: skip
@@ -194,6 +206,11 @@ def _check_lists(x: Tensor, weight: Tensor, index: Tensor, count: Tensor, rows_p
         given = f"{weight.dtype}, shape {list(weight.shape)}, strides {list(weight.stride())}"
         raise ShapeError("weight", given=given, allowed=f"{x.dtype}, two axes, contiguous")
     n_lists = -(-len(x) // max(rows_per_list, 1))
-    if count.shape != (n_lists,) or index.shape != (n_lists, len(weight)) or index.dtype != torch.int32 or count.dtype != torch.int32:
+    if (
+        count.shape != (n_lists,)
+        or index.shape != (n_lists, len(weight))
+        or index.dtype != torch.int32
+        or count.dtype != torch.int32
+    ):
         given = f"index {index.dtype} {list(index.shape)}, count {count.dtype} {list(count.shape)}"
         raise ShapeError("index, count", given=given, allowed=f"int32, [{n_lists}, {len(weight)}] and [{n_lists}]")

@@ -149,8 +149,9 @@ def _pack_n_of_m(weight: Tensor, mask: Tensor, layout: Layout) -> Stored:
     n, m = layout.rows, layout.cols
     rows, width = weight.shape
     extra = -width % layout.padded
-    kept = torch.nn.functional.pad(mask, (0, extra)).view(rows, -1, m)
-    grouped = torch.nn.functional.pad(weight, (0, extra)).view(rows, -1, m)
+    groups = (width + extra) // m  # not -1: there may be no rows
+    kept = torch.nn.functional.pad(mask, (0, extra)).view(rows, groups, m)
+    grouped = torch.nn.functional.pad(weight, (0, extra)).view(rows, groups, m)
     too_many = (kept.sum(-1) > n).nonzero()
     if len(too_many):
         row, group = too_many[0].tolist()
@@ -159,7 +160,7 @@ def _pack_n_of_m(weight: Tensor, mask: Tensor, layout: Layout) -> Stored:
             allowed=f"at most {n} of {m} (n_of_m)", remedy="prune the weight, or leave mask= out to keep the largest",
         )  # fmt: skip
     values = _first(grouped, kept, n)
-    bits = kept.view(rows, -1, 8).to(torch.uint8) << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    bits = kept.view(rows, groups * m // 8, 8).to(torch.uint8) << torch.arange(8, device=mask.device, dtype=torch.uint8)
     return Stored(layout, (rows, width), values.flatten(1).contiguous(), (bits.sum(-1, dtype=torch.uint8),))
 
 
@@ -171,14 +172,15 @@ def _first(grouped: Tensor, kept: Tensor, n: int) -> Tensor:
 
 def _pack_bitmap(weight: Tensor, mask: Tensor, layout: Layout) -> Stored:
     rows, width = weight.shape
-    kept = torch.nn.functional.pad(mask, (0, -width % WORD)).view(rows, -1, WORD)
+    words = -(-width // WORD)
+    kept = torch.nn.functional.pad(mask, (0, -width % WORD)).view(rows, words, WORD)
     counts = kept.sum(-1).flatten().cumsum(0)
     if len(counts) and int(counts[-1]) > _MOST - WORD:
         raise ShapeError("weight", given=f"{int(counts[-1])} values", allowed=f"at most {_MOST - WORD} in a bitmap")
-    offsets = torch.cat((counts.new_zeros(1), counts))[:-1].view(rows, -1).to(torch.int32)
-    words = (kept.long() << torch.arange(WORD, device=mask.device)).sum(-1)
+    offsets = torch.cat((counts.new_zeros(1), counts))[:-1].view(rows, words).to(torch.int32)
+    bits = (kept.long() << torch.arange(WORD, device=mask.device)).sum(-1)
     values = torch.cat((weight[mask], weight.new_zeros(WORD)))
-    return Stored(layout, (rows, width), values, (words, offsets.contiguous()))
+    return Stored(layout, (rows, width), values, (bits, offsets.contiguous()))
 
 
 _PACKERS = {"blocks": _pack_blocks, "n_of_m": _pack_n_of_m, "bitmap": _pack_bitmap}
@@ -211,9 +213,10 @@ def _unpacked(stored: Stored, values: Tensor) -> Tensor:
         matrix = values.new_zeros(n, k)
         matrix[kept] = values[: values.numel() - WORD]
         return matrix
-    kept = _bits_of(stored.index[0]).view(n, -1, layout.cols)
+    groups = -(-k // layout.padded) * layout.padded // layout.cols
+    kept = _bits_of(stored.index[0]).view(n, groups, layout.cols)
     place = (kept.cumsum(-1) - 1).clamp(min=0)
-    return (values.view(n, -1, layout.rows).gather(-1, place) * kept).flatten(1)[:, :k].contiguous()
+    return (values.view(n, groups, layout.rows).gather(-1, place) * kept).flatten(1)[:, :k].contiguous()
 
 
 def taken(stored: Stored, matrix: Tensor) -> Tensor:

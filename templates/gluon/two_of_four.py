@@ -17,17 +17,9 @@ from spgen.templates.triton.bits import halvings, sides
 LINEAR, ARRANGE = "linear", "arrange"
 ROWS = 8  # of x in a tile
 TILE = 16  # rows of weights
-_DIRECT = 2  # rows of x
-PAIRS = 32  # of columns in a chunk
+DIRECT = 2  # rows of x, up to which threads read it as it lies
 _HALVES = {"bfloat16": "bf16", "float16": "f16"}
 _WORDS = {"bfloat16": 4, "float16": 4, "float8_e4m3fn": 2, "int8": 2, "int4": 1}
-
-
-def serves(kernel: Op) -> bool:
-    """Whether the template is for this kernel: 2:4, few rows, values of x's 16-bit type, or quantised ones and bfloat16."""
-    stored = kernel["storage"] == "n_of_m" and (kernel["rows"], kernel["cols"]) == (2, 4)
-    values = kernel["values"] == kernel["dtype"] or (kernel["scales"] and kernel["dtype"] == "bfloat16")
-    return stored and values and kernel["dtype"] in _HALVES and kernel["height"] == "few" and not kernel["transposed"]
 
 
 def tiles(kernel: Op) -> int:
@@ -42,7 +34,7 @@ def entries(kernel: Op) -> tuple[str, ...]:
 
 def is_direct(kernel: Op) -> bool:
     """Whether threads read x as it lies, which takes as long for each row."""
-    return int(kernel["block_m"]) <= _DIRECT
+    return int(kernel["block_m"]) <= DIRECT
 
 
 def parameters(kernel: Op, entry: str) -> tuple[Parameter, ...]:
@@ -75,6 +67,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
     row_tiles, warps_n, warps_k = shape(kernel)
     return {
         "text": str(kernel),
+        "jit": "gluon.jit",
         "parameters": {entry: parameters(kernel, entry) for entry in entries(kernel)},
         "words": _WORDS[kernel["values"]],
         "values": kernel["values"],

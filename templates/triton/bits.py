@@ -10,7 +10,7 @@ from typing import Any
 
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
-from spgen.templates.triton.attention import SMALLEST_TILE, Parameter
+from spgen.templates.triton.attention import Parameter
 
 LINEAR, UNPACK = "linear", "unpack"
 ENTRIES = (LINEAR, UNPACK)
@@ -18,7 +18,6 @@ UNIT = 8  # columns that a byte of bits speaks of; all tiles count in them
 UNPACK_UNITS = 256  # of a row that a program of `unpack` writes
 _WIDTHS = (2, 4, 8, 16, 32, 64)  # of groups that units hold whole, or that hold whole units in a word
 _CHAIN = 4  # values of a group that are chosen by comparison; of more, each is read where it lies
-_MULTIPLY = 8  # rows of x from which matrix units are used
 
 
 def padded(count: int, least: int = 1) -> int:
@@ -31,9 +30,9 @@ def serves(kernel: Op) -> bool:
     return kernel["storage"] == "bitmap" or (kernel["storage"] == "n_of_m" and kernel["cols"] in _WIDTHS)
 
 
-def multiplies(kernel: Op) -> bool:
-    """Whether tiles are unpacked for matrix units; else rows of x are multiplied one by one."""
-    return int(kernel["block_m"]) >= _MULTIPLY
+def is_scaled(kernel: Op) -> bool:
+    """Whether `unpack` multiplies by the scales; those of y's columns are left to the products' sums."""
+    return bool(kernel["scales"] and kernel["transposed"])
 
 
 def values_of_unit(kernel: Op) -> int:
@@ -59,13 +58,11 @@ def _parameters(kernel: Op, entry: str) -> Iterator[tuple[str, str]]:
     for side in sides(kernel) if entry == LINEAR else (0,):
         yield f"values_{side}", "values"
         yield from ((name, kind) for name, kind in _index(kernel, side))
-        if kernel["scales"]:
+        if kernel["scales"] if entry == LINEAR else is_scaled(kernel):
             yield f"scales_{side}", "*fp32"
     if entry == LINEAR and kernel["bias"]:
         yield "bias", "data"
     yield "y", "data"
-    if entry == LINEAR and splits(kernel) > 1:
-        yield from (("parts", "*fp32"), ("arrived", "*i32"))
     yield from (("n", "i32"), ("k", "size"), ("n_units", "size"))
     if entry == LINEAR:
         yield from (("m", "i32"), ("x_m", "step"))
@@ -75,11 +72,6 @@ def _index(kernel: Op, side: int) -> Iterator[tuple[str, str]]:
     yield f"bits_{side}", "*u8"
     if kernel["storage"] == "bitmap":
         yield f"offsets_{side}", "*i32"
-
-
-def splits(kernel: Op) -> int:
-    """Into how many shares the columns of weights are divided."""
-    return option(kernel, "splits", 1)
 
 
 def sides(kernel: Op) -> tuple[int, ...]:
@@ -103,34 +95,27 @@ def halvings(count: int) -> tuple[list[tuple[str, int, str, str]], list[str]]:
     return steps, [known[first, count] for first in range(count)]
 
 
-def lanes(kernel: Op) -> int:
-    """Rows of x that a program takes."""
-    return max(kernel["block_m"], SMALLEST_TILE) if multiplies(kernel) else int(kernel["block_m"])
-
-
 def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of bits.py.jinja; its head comment says what they are."""
     warps = option(kernel, "warps", 4)
     bitmap = kernel["storage"] == "bitmap"
     return {
         "text": str(kernel),
+        "jit": "triton.jit",
         "parameters": {entry: parameters(kernel, entry) for entry in ENTRIES},
         "bitmap": bitmap,
         "n": kernel["rows"],
         "group": 64 if bitmap else kernel["cols"],
         "room": values_of_unit(kernel),
         "nibbles": kernel["values"] == "int4",
-        "precision": ", input_precision=\"ieee\"" if kernel["dtype"] == "float32" else "",
         "scales": kernel["scales"],
         "bias": kernel["bias"],
         "activation": kernel["activation"],
         "sides": sides(kernel),
-        "multiplies": multiplies(kernel),
-        "block_m": lanes(kernel),
+        "block_m": kernel["block_m"],
         "block_n": kernel["block_n"],
-        "units": option(kernel, "units", 8 if multiplies(kernel) else 32 * warps),
+        "units": 32 * warps,
         "halvings": halvings,
         "unpack_units": UNPACK_UNITS,
-        "stages": option(kernel, "stages", 3),
-        "splits": splits(kernel),
+        "scaled": is_scaled(kernel),
     }

@@ -33,12 +33,12 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     part, flags = kernel["part"], kernel["dtype"] == FLAGS
     if part in ("union", "compact"):
         yield "scores", "flags" if flags else "data"
-        if not flags and not kernel["known"]:
-            yield "threshold", "*fp32"
         if part == "union":
             yield "active_of", "flags"
         else:
             yield from (("index", "*i32"), ("count", "*i32"))
+        if not flags and not kernel["known"]:
+            yield "threshold", "*fp32"
         yield from (("f", "size"), ("m", "i32"))
         if not flags:
             yield "scores_m", "step"
@@ -69,6 +69,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of neurons.py.jinja; its head comment says what they are."""
     return {
         "text": str(kernel),
+        "jit": "triton.jit",
         "parameters": parameters(kernel),
         **{name: kernel[name] for name in ("part", "rows", "positive", "known", "gated", "bias", "gathered")},
         "flags": kernel["dtype"] == FLAGS,

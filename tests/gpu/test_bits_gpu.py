@@ -1,0 +1,125 @@
+"""n-of-m and bitmap weights, and active neurons, against tensor operations on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spgen.backends import cusparselt
+from spgen.backends.triton_neurons import compact, down, up
+from spgen.target import Target
+from spgen.weights.storage import Layout, Stored
+from tests.neurons import Neurons
+from tests.neurons import check as check_neurons
+from tests.products import Product, check, run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+LAYOUTS = ("n_of_m(2, 4)", "n_of_m(1, 4)", "n_of_m(4, 8)", "n_of_m(6, 16)", "n_of_m(9, 64)", "n_of_m(2, 6)", "bitmap()")
+
+
+def target() -> Target:
+    return Target.of("cuda")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("m", [1, 2, 4, 7, 16, 50, 64, 300])
+def test_products(layout: str, m: int) -> None:
+    for k in (256, 1000, 77):
+        check(Product(m, 333, k, layout, "bfloat16", density=0.6, bias=True), target(), "cuda")
+        check(Product(m, 320, k, layout, "bfloat16", gated=True, bias=True, activation="silu"), target(), "cuda")
+    check(Product(m, 333, 500, layout, "float32", activation="gelu"), target(), "cuda")
+    check(Product(m, 333, 500, layout, "float16", transposed=True), target(), "cuda")
+
+
+@pytest.mark.parametrize("values", ["float8_e4m3fn", "int8", "int4"])
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 64, 200])
+def test_quantised_values(values: str, m: int) -> None:
+    for k in (512, 322):
+        for gated in (False, True):
+            product = Product(
+                m, 200, k, "n_of_m(2, 4)", "bfloat16", values, density=0.6, gated=gated, activation="relu"
+            )
+            check(product, target(), "cuda")
+    if values != "int4":
+        check(Product(m, 200, 322, "bitmap()", "bfloat16", values), target(), "cuda")
+
+
+def test_all_places_of_a_group() -> None:
+    """Every choice of up to two of four places, in every group of a chunk."""
+    codes = [code for code in range(16) if code.bit_count() <= 2]
+    for values in ("", "float8_e4m3fn"):
+        for m in (1, 8, 16):
+            product = Product(m, 16 * len(codes), 128, "n_of_m(2, 4)", "bfloat16", values, density=1.0)
+            x, _, _ = product.tensors("cuda")
+            row = torch.arange(16 * len(codes))[:, None]
+            code = torch.tensor(codes)[(row + torch.arange(32)) % len(codes)]
+            kept = (code[..., None] >> torch.arange(4) & 1).bool().flatten(1)
+            weight = packed(kept, product)
+            y = run(product, target(), x, [weight]).double()
+            wanted = x.double() @ weight.dense().double().T
+            assert (y - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+def packed(kept: torch.Tensor, product: Product) -> Stored:
+    from spgen.weights.storage import pack, quantized
+
+    weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    stored = pack(weight.cuda(), kept.cuda(), Layout("n_of_m", 2, 4))
+    return quantized(stored, product.values) if product.values else stored
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not cusparselt.is_there(Target.of("cuda")), reason="no cuSPARSELt")
+@pytest.mark.parametrize("m", [65, 512, 1000])
+def test_cusparselt(m: int) -> None:
+    product = Product(m, 256, 512, "n_of_m(2, 4)", "bfloat16", density=0.9, bias=True)
+    check(product, target(), "cuda")
+    x, weights, _ = Product(m, 256, 512, "n_of_m(2, 4)", "bfloat16", density=0.9).tensors("cuda")
+    plain = Product(m, 256, 512, "n_of_m(2, 4)", "bfloat16", density=0.9)
+    first = run(plain, target(), x, weights)
+    weights[0].values.mul_(2)  # the library's form is made anew
+    torch.testing.assert_close(run(plain, target(), x, weights), 2 * first)
+
+
+def test_graphs_and_bits() -> None:
+    """The same bits at each replay, for weights and inputs that changed in place."""
+    product = Product(16, 1024, 1024, "n_of_m(2, 4)", "bfloat16")
+    x, weights, _ = product.tensors("cuda")
+    run(product, target(), x, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(product, target(), x, weights)
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(y, run(product, target(), x, weights))
+
+
+@pytest.mark.parametrize(("m", "rows"), [(1, 1), (5, 1), (9, 4), (16, 16), (64, 64), (70, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neurons(m: int, rows: int, dtype: str) -> None:
+    for positive, gated in ((False, True), (True, False)):
+        call = Neurons(m, rows, 3000, 264, 520, dtype, positive, gated, bias=True, threshold=1.2)
+        check_neurons(call, "cuda")
+        check_neurons(Neurons(m, rows, 997, 77, 131, dtype, positive, gated, threshold=9.0, on_device=True), "cuda")
+
+
+def test_neurons_in_two_graphs_at_once() -> None:
+    """Graphs that run beside each other share no counters."""
+    t = Neurons(1, 1, 4096, 256, 2048, "bfloat16").tensors("cuda")
+
+    def call() -> torch.Tensor:
+        index, count = compact(t["scores"], 1.0)
+        return down(up(t["x"], t["w_up"], index, count, t["scores"]), t["w_down"], index, count)
+
+    wanted = call()
+    graphs, results = [torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()], []
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            results.append(call())
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    for _ in range(50):
+        for graph, stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for y in results)

@@ -1,0 +1,87 @@
+"""Products with n-of-m and bitmap weights without a GPU: the interpreter, and compiling ahead of time."""
+
+from __future__ import annotations
+
+import pytest
+
+from spgen.backends import cusparselt
+from spgen.backends.triton_bits import BitsProduct
+from spgen.ir.config import Config
+from spgen.target import Target
+from spgen.weights.compile import Request, Sizes, config_of, kernel_of
+from spgen.weights.storage import Layout
+from tests.interpreted import run_interpreted
+
+TARGETS = ("sm_80", "sm_90", "gfx942")
+
+
+def test_in_the_interpreter() -> None:
+    run_interpreted("test_backend_triton_bits_interpreted.py")
+
+
+def built(request: Request, sizes: Sizes) -> BitsProduct:
+    return BitsProduct(kernel_of(request, sizes, config_of(request, sizes)), request.target)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("layout", "m"),
+    [("n_of_m(2, 4)", 1), ("n_of_m(2, 4)", 16), ("n_of_m(4, 8)", 4), ("bitmap()", 1), ("bitmap()", 512)],
+)
+def test_compiles_ahead_of_time(target: str, m: int, layout: str) -> None:
+    request = Request(
+        "bfloat16", Layout.read(layout), "bfloat16", False, Target.of(target), bias=True, activation="silu"
+    )
+    kernel = built(request, Sizes(m, 4096, 4096, 1000))
+    for entry in kernel.program.forms:
+        binary = kernel.program.binary(entry, aligned=m > 1)
+        assert binary.code
+        assert not binary.resources["spilled"]
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "m"),
+    [("sm_90", "float8_e4m3fn", 1), ("sm_90", "int4", 16), ("sm_90", "int8", 1), ("sm_80", "int8", 1),
+     ("gfx942", "int4", 1), ("gfx942", "float8_e4m3fn", 512)],
+)  # fmt: skip
+def test_quantised_values_compile(target: str, values: str, m: int) -> None:
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, True, Target.of(target), gated=True)
+    kernel = built(request, Sizes(m, 1024, 1024, 100))
+    for entry in kernel.program.forms:
+        assert kernel.program.binary(entry).code
+
+
+@pytest.mark.parametrize(
+    ("target", "values", "m", "cores"),
+    [("sm_90", "bfloat16", 8, 1), ("sm_80", "bfloat16", 8, 1), ("sm_90", "int4", 8, 1), ("sm_80", "int4", 8, 0),
+     ("gfx942", "bfloat16", 8, 0), ("sm_90", "bfloat16", 512, 0)],
+)  # fmt: skip
+def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, cores: int) -> None:
+    scales = values == "int4"
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of(target))
+    assert config_of(request, Sizes(m, 1024, 1024, 100)).option("cores") == cores
+    assert config_of(request, Sizes(m, 1024, 1023, 100)).option("cores") == 0
+
+
+def test_sparse_products_are_in_the_binary() -> None:
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
+    kernel = built(request, Sizes(1, 1024, 1024, 100))
+    assert "mma.sp::ordered_metadata" in kernel.program.path.read_text(encoding="utf-8")
+
+
+def test_cusparselt_is_refused_without_a_gpu_or_where_it_does_not_fit() -> None:
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
+    for one in (Target.of("cpu"), Target.of("gfx942")):
+        assert not cusparselt.is_there(one)
+    assert not cusparselt.serves(request, Sizes(512, 1024, 1000, 100))
+    gated = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"), gated=True)
+    assert not cusparselt.serves(gated, Sizes(512, 1024, 1024, 100))
+
+
+def test_kernels_of_different_tiles_have_different_sources() -> None:
+    request = Request("bfloat16", Layout.read("bitmap()"), "bfloat16", False, Target.of("sm_90"))
+    paths = {
+        BitsProduct(kernel_of(request, Sizes(1, 64, 64, 9), Config(1, rows, ("warps=4",))), request.target).program.path
+        for rows in (4, 8)
+    }
+    assert len(paths) == 2
