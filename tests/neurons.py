@@ -42,6 +42,7 @@ class Neurons:
 
 def active_of(call: Neurons, scores: Tensor) -> Tensor:
     """Which neurons each list names, bool [G, F]."""
+    scores = scores.float()  # a threshold is not rounded to the scores' type
     active = scores > call.threshold if call.positive else scores.abs() >= call.threshold
     return torch.stack([chunk.any(0) for chunk in active.split(call.rows)])
 

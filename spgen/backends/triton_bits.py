@@ -16,7 +16,7 @@ exactly and the sums scaled, but for transposed products, whose weights are roun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,6 +82,10 @@ class BitsProduct:
             numbers = (y.shape[1], x.shape[1], _units(weights[0]), len(y), x.stride(0))
             grid = -(-y.shape[1] // self.kernel["block_n"])
             self.program.launch(LINEAR, _all(x, weights, bias, y), numbers, grid)
+
+    def precompile(self) -> Mapping[str, int]:
+        """Bring the binaries of aligned calls into the cache; what the product's takes."""
+        return self.program.precompile(UNPACK if self._unpacks else LINEAR)
 
     def _by_cores(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Few rows times 2:4 weights by sparse tensor cores; all tensors are taken as words of 32 bits."""

@@ -109,9 +109,9 @@ class BlockProduct:
 
     def precompile(self) -> Mapping[str, int]:
         """Bring the binaries of contiguous calls into the cache; what the product's takes."""
-        for entry in linear.entries(self.kernel):
-            self.program.binary(entry)
-        return self.program.binary(LINEAR).resources
+        if self.hopper is not None:
+            return self.hopper.program.binary(LINEAR).resources
+        return self.program.precompile(LINEAR)
 
     def _tensors(self, weight: Stored) -> list[Tensor]:
         indptr, indices, _, back_indptr, back_indices, blocks, _ = weight.index

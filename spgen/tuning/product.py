@@ -26,6 +26,8 @@ from spgen.weights.linear import linear
 from spgen.weights.storage import Stored, values_dtype
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+# options that say which kernel it is, not how it runs
+_KINDS = ("cores", "cusparselt", "dense", "dots", "tf32x3", "warpgroups")
 _FORMS = ("linear", "gated", "transposed")
 
 
@@ -88,6 +90,8 @@ def around(config: Config) -> list[Config]:
         found += [replace(config, **{name: other}) for other in (size * 2, size // 2) if other]
     for option in config.options:
         name, _, text = option.partition("=")
+        if name in _KINDS:
+            continue
         value = int(text)
         steps = (value + 1, value - 1) if name == "stages" else (value * 2, value // 2)
         found += [config.having(**{name: other}) for other in steps if other > 0]

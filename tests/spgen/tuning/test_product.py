@@ -83,6 +83,7 @@ def test_around_a_configuration() -> None:
     assert Config(64, 32, ("stages=2", "warps=8")) in found
     assert len(found) == len(set(found)) == 8
     assert all(config.block_m and config.block_n for config in around(Config(1, 1, ("splits=1",))))
+    assert {config.options for config in around(Config(8, 8, ("cores=1",)))} == {("cores=1",)}
 
 
 def test_shipped_workloads_hold_products() -> None:
