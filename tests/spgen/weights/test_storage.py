@@ -88,6 +88,7 @@ def test_fewer_bits(text: str, dtype: str) -> None:
     step = {"int4": 0.5 / 7, "int8": 0.5 / 127, "float8_e4m3fn": 1 / 16}[dtype]
     assert (small.dense() - stored.dense()).abs().max() <= step * weight.abs().max() * 1.001
     assert torch.equal(stored.dense(), weight.masked_fill(~mask, 0))  # the original is as it was
+    assert torch.equal(small.mask(), stored.mask())
 
 
 def test_a_row_of_zeros_has_a_scale() -> None:
