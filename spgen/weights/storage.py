@@ -7,8 +7,8 @@ A weight [N, K] maps K features to N. `pack` keeps the values that a mask marks,
                     `order` [R], the block rows by falling length; then the same by columns: `indptr`, `indices` (block
                     rows), `blocks` (where each block's values are), `order`.
     n_of_m(n, m)    at most n of each m consecutive columns: values [N, G * n], the n places of a group filled from the
-                    left, 0 in others; index: `bits` uint8 [N, G * m / 8], bit j % 8 of byte j // 8 says that column j is stored.
-                    Rows are padded to a multiple of both 64 and m columns, G groups.
+                    left, 0 in others; index: `bits` uint8 [N, G * m / 8], bit j % 8 of byte j // 8 says that column j
+                    is stored. Rows are padded to a multiple of both 64 and m columns, G groups.
     bitmap()        any values, row by row: values [count + 64], of which the last 64 are padding. Index: `words` int64
                     [N, T], a bit for each of 64 columns, and `offsets` int32 [N, T], where each word's values begin.
 
