@@ -114,9 +114,9 @@ def _neurons_cuda(
     hidden_bias: Tensor | None, bias: Tensor | None, activation: str, threshold: float, positive: bool, rows: int,
 ) -> Tensor:  # fmt: skip
     kernels = _kernels()
-    index, count = kernels.compact(scores, threshold, rows, positive)
+    index, count = kernels.compact(scores.contiguous(), threshold, rows, positive)
     if factor is not None and gate is None and activation == "none":
-        h = kernels.up(x, up, index, count, factor, None, "none", rows)
+        h = kernels.up(x, up, index, count, factor.contiguous(), None, "none", rows)
     else:
         h = kernels.up(x, up if gate is None else gate, index, count, None, hidden_bias, activation, rows)
         h = h if gate is None else h * kernels.up(x, up, index, count, rows_per_list=rows)
@@ -131,7 +131,7 @@ def _channels_cuda(
     x: Tensor, scores: Tensor, weight: Tensor, bias: Tensor | None, threshold: float, positive: bool, rows: int
 ) -> Tensor:
     kernels = _kernels()
-    index, count = kernels.compact(scores, threshold, rows, positive)
+    index, count = kernels.compact(scores.contiguous(), threshold, rows, positive)
     y: Tensor = kernels.down(x, weight, index, count, bias, compacted=False, rows_per_list=rows)
     return y
 

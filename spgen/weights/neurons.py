@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spgen.errors import DtypeError, PatternError, ShapeError
 from spgen.weights.linear import check_activation, check_matrix
 from spgen.weights.neuron_ops import channels, dense_channels, dense_neurons, flags_of, neurons
-from spgen.weights.ops import activated
+from spgen.weights.ops import activated, rows_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Activity:
         largest = ranks.topk(min(self.top_k, scores.shape[-1]), dim=-1).indices
         return torch.zeros_like(scores).scatter_(-1, largest, 1.0), 0.5, True
 
-    def rows_of(self, scores: Tensor) -> int:
+    def list_size(self, scores: Tensor) -> int:
         """How many rows of a call share a list."""
         return max(1, len(scores) if self.rows is None else self.rows)
 
@@ -99,7 +99,7 @@ class NeuronMLP(nn.Module):
         """x [..., D] -> [..., D], in x's dtype, which is the weights'."""
         if x.shape[-1] != self.up.shape[1]:
             raise ShapeError("x", given=f"shape {list(x.shape)}", allowed=f"[..., {self.up.shape[1]}]")
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         scores = self._scores(rows)
         alone = self.router is None
         factor = scores if alone or self.weighted else None
@@ -108,15 +108,15 @@ class NeuronMLP(nn.Module):
         call = dense_neurons if _differentiates(x, self) else neurons
         y: Tensor = call(
             rows, marks, factor, gate, self.up, self.down, self.hidden_bias, self.bias, activation, threshold, positive,
-            self.activity.rows_of(scores),
+            self.activity.list_size(scores),
         )  # fmt: skip
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @torch.no_grad()
     def active(self, x: Tensor) -> Tensor:
         """Which neurons are computed for x [..., D], bool [..., F]."""
-        scores = self._scores(x.reshape(-1, x.shape[-1]))
-        flags = flags_of(*self.activity.ranked(scores), self.activity.rows_of(scores))
+        scores = self._scores(rows_of(x))
+        flags = flags_of(*self.activity.ranked(scores), self.activity.list_size(scores))
         return flags.view(*x.shape[:-1], len(self.up))
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -175,11 +175,11 @@ class ChannelLinear(nn.Module):
         """x [..., K] -> [..., N], in x's dtype, which is the weight's."""
         if x.shape[-1] != len(self.weight):
             raise ShapeError("x", given=f"shape {list(x.shape)}", allowed=f"[..., {len(self.weight)}]")
-        rows = x.reshape(-1, x.shape[-1])
+        rows = rows_of(x)
         scores = rows.detach() if self.scale is None else rows.detach() * self.scale.to(x.dtype)
         marks, threshold, positive = self.activity.ranked(scores)
         call = dense_channels if _differentiates(x, self) else channels
-        shared = self.activity.rows_of(scores)
+        shared = self.activity.list_size(scores)
         y: Tensor = call(rows, marks, self.weight, self.bias, threshold, positive, shared)
         if self.inner is not None and self.outer is not None:
             rest = rows.masked_fill(flags_of(marks, threshold, positive, shared), 0)

@@ -70,7 +70,7 @@ def linear_of_inputs(
 def linear_of_weights(g: Tensor, x: Tensor, values: Tensor, index: Index, layout: str, n: int, k: int) -> Tensor:
     """The gradient of stored values: those places of g^T x, summed over all rows."""
     weight = Stored(_layout(layout), (n, k), values, tuple(index))
-    rows, inputs = _rows(g), _rows(x)
+    rows, inputs = rows_of(g), rows_of(x)
     if weight.layout.kind != "blocks":
         return taken(weight, rows.T @ inputs).to(values.dtype)
     result = torch.empty_like(values)
@@ -100,7 +100,7 @@ def product(
         _ready[key] = kernel
     y = x.new_empty(*x.shape[:-1], first.shape[1 if transposed else 0])
     if y.numel():
-        kernel(_rows(x), weights, bias, y.view(-1, y.shape[-1]))
+        kernel(rows_of(x), weights, bias, y.view(-1, y.shape[-1]))
     return y
 
 
@@ -122,7 +122,7 @@ def _bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """[..., K] as [M, K] with contiguous columns."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

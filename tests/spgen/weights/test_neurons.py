@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import spgen as sp
 from spgen.weights import neuron_ops
+from tests.interpreted import run_interpreted
 
 D, F = 24, 60
 
@@ -210,3 +211,8 @@ def test_refusals() -> None:
         sp.ChannelLinear(UP, sp.Activity(), scale=random(F))
     with pytest.raises(sp.ShapeError, match="x: got"):
         sp.ChannelLinear(UP, sp.Activity())(random(3, F))
+
+
+def test_on_gpus_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    run_interpreted("weights/test_neurons_interpreted.py")
