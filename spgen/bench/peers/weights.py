@@ -30,7 +30,7 @@ def onednn(problem: Product, x: Tensor) -> Contender:
     if x.device.type != "cpu" or problem.g is not None or problem.kind == "gated":
         raise Unserved("it is for layers on CPUs")
     weight = problem.dense[0]
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), x.shape[0])
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
     return Contender(
         lambda plan: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), pairs=MORE
     )  # fmt: skip
