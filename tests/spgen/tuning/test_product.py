@@ -86,9 +86,14 @@ def test_around_a_configuration() -> None:
     assert {config.options for config in around(Config(8, 8, ("cores=1",)))} == {("cores=1",)}
 
 
-def test_shipped_workloads_hold_products() -> None:
-    cases = workloads.load("cpu-mlp")
-    assert all(isinstance(case, ProductCase) for case in cases)
+def test_shipped_workloads_hold_products(compilers: Compilers) -> None:
+    cases = [case for name in workloads.named() for case in workloads.load(name) if isinstance(case, ProductCase)]
+    assert {case.name.partition(":")[0] for case in cases} >= {"cpu-mlp", "llama3-8b-mlp"}
+    kinds = {}
+    for case in cases:
+        small = replace(case, outputs=128, inputs=256)
+        kinds[case.name] = TunedProduct(small, HERE, compilers).record.key
+    assert len({key.structure for key in kinds.values()}) > 2
 
 
 @pytest.mark.parametrize(
