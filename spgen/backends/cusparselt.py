@@ -64,14 +64,14 @@ def compressed(values: Tensor, weight: Tensor) -> Tensor:
     return made
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Write y [M, N] = x [M, K] W^T + bias of a compressed weight. The fastest algorithm is searched once per size.
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """x [M, K] W^T + bias of a compressed weight, [M, outputs]. The fastest algorithm is searched once per size.
 
     A search waits for the device: while a graph is captured the library's own choice is taken.
     """
     rows = len(x)
     columns = pad(x, (0, 0, 0, -rows % _ROWS)).t()
-    key = (x.get_device(), x.dtype, *y.shape, x.shape[1], bias is not None)
+    key = (x.get_device(), x.dtype, rows, outputs, x.shape[1], bias is not None)
     algorithm = _algorithms.get(key)
     if algorithm is None and not torch.cuda.is_current_stream_capturing():
         # older versions of PyTorch have the search under another name
@@ -80,4 +80,4 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         algorithm = int(found[0] if isinstance(found, (tuple, list)) else found)
         _algorithms[key] = algorithm
     out = torch._cslt_sparse_mm(weight, columns, bias=bias, transpose_result=True, alg_id=algorithm or 0)
-    y.copy_(out[:rows])
+    return out[:rows]

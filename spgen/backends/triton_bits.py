@@ -56,7 +56,6 @@ class BitsProduct:
 
     def __init__(self, kernel: Op, target: Target) -> None:
         self.kernel, self.target = kernel, target
-        self._library = bool(option(kernel, "cusparselt", 0)) and cusparselt.is_there(target)
         self._cores = bool(option(kernel, "cores", 0))
         unpacks = option(kernel, "dense", 0) or option(kernel, "cusparselt", 0) or kernel["transposed"]
         self._unpacks = bool(unpacks) or not bits.serves(kernel)
@@ -74,8 +73,6 @@ class BitsProduct:
             return
         if self._cores:
             self._by_cores(x if _in_words(x) else x.clone(memory_format=torch.contiguous_format), weights, bias, y)
-        elif self._library:
-            self._by_library(x, weights[0], bias, y)
         elif self._unpacks:
             self._unpacked_first(x, weights, bias, y)
         else:
@@ -98,13 +95,6 @@ class BitsProduct:
             x = words
         numbers = (n, pairs, units, m, row)
         self.program.launch(LINEAR, _all(x, weights, bias, y), numbers, -(-n // self.kernel["block_n"]))
-
-    def _by_library(self, x: Tensor, weight: Stored, bias: Tensor | None, y: Tensor) -> None:
-        """2:4 products by cuSPARSELt, whose form of the weight is made at the first call."""
-        form = cusparselt.known(weight.values)
-        if form is None:
-            form = cusparselt.compressed(weight.values, self.unpacked(weight, x))
-        cusparselt.multiply(x.contiguous(), form, bias, y)
 
     def _unpacked_first(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Products with dense matrices: with nothing to be done to their sums but a bias, by cuBLAS alone."""
@@ -136,6 +126,22 @@ class BitsProduct:
         grid = n * -(-units // bits.UNPACK_UNITS)
         self.program.launch(UNPACK, [*_tensors(weight, bits.is_scaled(self.kernel)), matrix], (n, k, units), grid)
         return matrix
+
+
+class LibraryProduct(BitsProduct):
+    """y = x W^T + bias over 2:4 weights by cuSPARSELt, whose form of a weight is made at its first call."""
+
+    def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
+        """Write y."""
+        y.copy_(self.result(x, weights, bias))
+
+    def result(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None) -> Tensor:
+        """A new y."""
+        (weight,) = weights
+        form = cusparselt.known(weight.values)
+        if form is None:
+            form = cusparselt.compressed(weight.values, self.unpacked(weight, x))
+        return cusparselt.product(x.contiguous(), form, bias, weight.shape[0])
 
 
 def _product(x: Tensor, matrix: Tensor) -> Tensor:

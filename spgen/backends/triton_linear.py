@@ -9,9 +9,9 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from spgen.backends import gluon_linear
+from spgen.backends import cusparselt, gluon_linear
 from spgen.backends.gluon_linear import HopperProduct, group_of
-from spgen.backends.triton_bits import BitsProduct
+from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_linear_schedule import default_config as default_config
 from spgen.backends.triton_linear_schedule import sampled_config as sampled_config
@@ -42,7 +42,8 @@ def build(kernel: Op, target: Target) -> BlockProduct | BitsProduct:
     """The launchable form of a level-3 `linear` kernel; source and binaries are made when they are needed first."""
     if kernel["storage"] == "blocks":
         return _once(BlockProduct, kernel, target)
-    return _once(BitsProduct, kernel, target)
+    library = option(kernel, "cusparselt", 0) and cusparselt.is_there(target)
+    return _once(LibraryProduct if library else BitsProduct, kernel, target)
 
 
 def build_sampled(kernel: Op, target: Target) -> BlockGradient:

@@ -5,12 +5,12 @@ request + sizes -> Config (a record's, else the backend's default) -> level-3 ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from math import log2
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from torch import Tensor
 
@@ -70,20 +70,39 @@ class Job:
     config: Config
 
 
+class LinearKernel(Protocol):
+    """A launchable `linear` kernel."""
+
+    def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
+        """Write y.
+
+        x [M, K], whose rows follow each other at any distance and whose columns are contiguous, one weight (two if
+        gated), the bias [N] or None, and y [M, N], contiguous. Transposed: x is [M, N] and y [M, K].
+        """
+
+    def precompile(self) -> Mapping[str, int]:
+        """Bring what contiguous calls need into the cache; no device is needed.
+
+        It gives the fields of Resources (registers, shared, spilled) where they are known.
+        """
+
+
+@runtime_checkable
+class ResultKernel(LinearKernel, Protocol):
+    """One that makes y itself, since a library does; called, it copies that."""
+
+    def result(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None) -> Tensor:
+        """A new y, of the arguments of a call."""
+
+
 class Backend(Protocol):
     """What `spgen.backends.tvm_linear` and `spgen.backends.triton_linear` provide."""
 
     def default_config(self, request: Request, sizes: Sizes) -> Config:
         """Always a legal choice: `block_m` rows of x by `block_n` columns of y, and options."""
 
-    def build(self, kernel: Op, target: Target) -> Callable[[Tensor, Sequence[Stored], Tensor | None, Tensor], None]:
-        """The launchable `linear` kernel, from the cache or compiled.
-
-        It is called with x [M, K], whose rows follow each other at any distance and whose columns are contiguous, one
-        weight (two if gated), the bias [N] or None, and y [M, N], contiguous, which it writes.
-        Transposed: x is [M, N] and y [M, K]. Its `precompile()` brings what contiguous calls need into the cache; no
-        device is needed. It gives the fields of Resources (registers, shared, spilled) where they are known.
-        """
+    def build(self, kernel: Op, target: Target) -> LinearKernel:
+        """The launchable `linear` kernel, from the cache or compiled."""
 
     def sampled_config(self, request: Request, sizes: Sizes) -> Config:
         """Likewise for the gradient of stored blocks."""

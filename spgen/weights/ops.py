@@ -17,11 +17,12 @@ from spgen.arguments import DTYPES
 from spgen.errors import DeviceError, DtypeError, GradientError, ShapeError, UnsupportedError
 from spgen.ir.kernel import ACTIVATIONS
 from spgen.target import Target
-from spgen.weights.compile import Request, Sizes, linear_kernel, sampled_kernel
+from spgen.weights.compile import Request, ResultKernel, Sizes, linear_kernel, sampled_kernel
 from spgen.weights.storage import Layout, Stored, taken, values_dtype
 
 _MANY_CALLS = 4096  # different calls to remember
-_ready: dict[tuple[Any, ...], Callable[..., None]] = {}
+Run: TypeAlias = "Callable[[Tensor, tuple[Stored, ...], Tensor | None], Tensor]"
+_ready: dict[tuple[Any, ...], Run] = {}
 
 Index: TypeAlias = "Sequence[Tensor]"
 
@@ -92,29 +93,35 @@ def product(
         None if bias is None else (bias.shape, bias.dtype),
         *[(w.values.shape, w.values.dtype, w.values.device, w.scales is None) for w in weights],
     )  # fmt: skip
-    kernel = _ready.get(key)
-    if kernel is None:
-        kernel = _prepared(x, weights, bias, activation, transposed)
+    run = _ready.get(key)
+    if run is None:
+        run = _prepared(x, weights, bias, activation, transposed)
         if len(_ready) >= _MANY_CALLS:
             _ready.clear()
-        _ready[key] = kernel
-    y = x.new_empty(*x.shape[:-1], first.shape[1 if transposed else 0])
-    if y.numel():
-        kernel(rows_of(x), weights, bias, y.view(-1, y.shape[-1]))
-    return y
+        _ready[key] = run
+    y = run(rows_of(x), weights, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _prepared(
-    x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None, activation: str, transposed: bool
-) -> Callable[..., None]:
-    """Checks a new kind of call and compiles its kernel."""
+def _prepared(x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None, activation: str, transposed: bool) -> Run:
+    """Checks a new kind of call and compiles its kernel: a function of x [M, K], the weights and the bias."""
     shape = weights[0].shape
     _check(x, weights, bias, activation, shape[0 if transposed else 1])
     rows = x.numel() // max(x.shape[-1], 1)
     sizes = Sizes(_bucket(max(rows, 1)), *shape, sum(weight.values.numel() for weight in weights))
     request = request_of(x, weights, transposed, bias is not None, activation)
-    found: Callable[..., None] = linear_kernel(request, sizes)
-    return found
+    kernel = linear_kernel(request, sizes)
+    if isinstance(kernel, ResultKernel):
+        return kernel.result
+    width = shape[1 if transposed else 0]
+
+    def written(x: Tensor, weights: tuple[Stored, ...], bias: Tensor | None) -> Tensor:
+        y = x.new_empty(x.shape[0], width)
+        if y.numel():
+            kernel(x, weights, bias, y)
+        return y
+
+    return written
 
 
 def _bucket(rows: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from spgen.backends import cusparselt
 from spgen.backends.triton_neurons import compact, down, up
 from spgen.target import Target
+from spgen.weights import ops
 from spgen.weights.storage import Layout, Stored
 from tests.neurons import Neurons
 from tests.neurons import check as check_neurons
@@ -79,6 +80,9 @@ def test_cusparselt(m: int) -> None:
     first = run(plain, target(), x, weights)
     weights[0].values.mul_(2)  # the library's form is made anew
     torch.testing.assert_close(run(plain, target(), x, weights), 2 * first)
+    y = ops.product(x.view(1, m, 512), tuple(weights), None, "none")
+    assert y.is_contiguous()
+    assert torch.equal(y[0], 2 * first)
 
 
 def test_graphs_and_bits() -> None:

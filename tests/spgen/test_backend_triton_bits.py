@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+import spgen as sp
 from spgen.backends import cusparselt
-from spgen.backends.triton_bits import BitsProduct
+from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.ir.config import Config
 from spgen.target import Target
-from spgen.weights.compile import Request, Sizes, config_of, kernel_of
+from spgen.weights import ops
+from spgen.weights.compile import Request, ResultKernel, Sizes, config_of, kernel_of
 from spgen.weights.storage import Layout
 from tests.interpreted import run_interpreted
 
+SMALL = Sizes(1, 64, 64, 9)
 TARGETS = ("sm_80", "sm_90", "gfx942")
 
 
@@ -76,6 +82,29 @@ def test_cusparselt_is_refused_without_a_gpu_or_where_it_does_not_fit() -> None:
     assert not cusparselt.serves(request, Sizes(512, 1024, 1000, 100))
     gated = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"), gated=True)
     assert not cusparselt.serves(gated, Sizes(512, 1024, 1024, 100))
+
+
+def test_a_kernel_may_make_the_result_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __call__(self, x: Any, weights: Any, bias: Any, y: torch.Tensor) -> None:
+            raise AssertionError("its result would be copied")
+
+        def precompile(self) -> dict[str, int]:
+            return {}
+
+        def result(self, x: torch.Tensor, weights: Any, bias: torch.Tensor | None) -> torch.Tensor:
+            return torch.nn.functional.linear(x, weights[0].dense(), bias)
+
+    kernel = built(Request("bfloat16", Layout.read("bitmap()"), "bfloat16", False, Target.of("sm_90")), SMALL)
+    assert not isinstance(kernel, ResultKernel)
+    assert isinstance(LibraryProduct(kernel.kernel, kernel.target), ResultKernel)
+    monkeypatch.setattr(ops, "linear_kernel", lambda request, sizes: Library())
+    monkeypatch.setattr(ops, "_ready", {})
+    layer = sp.linear(torch.randn(24, 40), sp.n_of_m(2, 4), bias=torch.randn(24))
+    for shape in ((40,), (5, 40), (2, 3, 40), (0, 40)):
+        x = torch.randn(shape)
+        wanted = torch.nn.functional.linear(x, layer.weight.stored.dense(), layer.bias)
+        torch.testing.assert_close(layer(x), wanted)
 
 
 def test_kernels_of_different_tiles_have_different_sources() -> None:
