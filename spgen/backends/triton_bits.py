@@ -57,13 +57,12 @@ class BitsProduct:
     def __init__(self, kernel: Op, target: Target) -> None:
         self.kernel, self.target = kernel, target
         self._cores = bool(option(kernel, "cores", 0))
-        unpacks = option(kernel, "dense", 0) or option(kernel, "cusparselt", 0) or kernel["transposed"]
-        self._unpacks = bool(unpacks) or not bits.serves(kernel)
+        self._unpacks = bits.entry_of(kernel) == UNPACK
         if self._cores:
             forms = [_cores_form(kernel, entry) for entry in two_of_four.entries(kernel)]
             template, symbols = "gluon/two_of_four.py.jinja", two_of_four.symbols
         else:
-            forms = [form(kernel, UNPACK if self._unpacks else LINEAR)]
+            forms = [form(kernel, bits.entry_of(kernel))]
             template, symbols = "triton/bits.py.jinja", bits.symbols
         self.program = Program(template, str(kernel), lambda: symbols(kernel), forms, target)
 
@@ -82,7 +81,7 @@ class BitsProduct:
 
     def precompile(self) -> Mapping[str, int]:
         """Bring the binaries of aligned calls into the cache; what the product's takes."""
-        return self.program.precompile(UNPACK if self._unpacks else LINEAR)
+        return self.program.precompile(next(reversed(self.program.forms)))
 
     def _by_cores(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Few rows times 2:4 weights by sparse tensor cores; all tensors are taken as words of 32 bits."""

@@ -13,7 +13,6 @@ from spgen.ir.node import Op
 from spgen.templates.triton.attention import Parameter
 
 LINEAR, UNPACK = "linear", "unpack"
-ENTRIES = (LINEAR, UNPACK)
 UNIT = 8  # columns that a byte of bits speaks of; all tiles count in them
 UNPACK_UNITS = 256  # of a row that a program of `unpack` writes
 _WIDTHS = (2, 4, 8, 16, 32, 64)  # of groups that units hold whole, or that hold whole units in a word
@@ -28,6 +27,12 @@ def padded(count: int, least: int = 1) -> int:
 def serves(kernel: Op) -> bool:
     """Whether the template reads this storage: groups of a power of two columns up to 64, and bitmaps."""
     return kernel["storage"] == "bitmap" or (kernel["storage"] == "n_of_m" and kernel["cols"] in _WIDTHS)
+
+
+def entry_of(kernel: Op) -> str:
+    """The one function of the rendered module, as products of many rows have tiles that `linear` must not take."""
+    unpacks = kernel["transposed"] or option(kernel, "dense", 0) or option(kernel, "cusparselt", 0)
+    return UNPACK if unpacks or not serves(kernel) else LINEAR
 
 
 def is_scaled(kernel: Op) -> bool:
@@ -102,7 +107,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
     return {
         "text": str(kernel),
         "jit": "triton.jit",
-        "parameters": {entry: parameters(kernel, entry) for entry in ENTRIES},
+        "entry": entry_of(kernel),
+        "parameters": parameters(kernel, entry_of(kernel)),
         "bitmap": bitmap,
         "n": kernel["rows"],
         "group": 64 if bitmap else kernel["cols"],

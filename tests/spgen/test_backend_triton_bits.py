@@ -114,3 +114,12 @@ def test_kernels_of_different_tiles_have_different_sources() -> None:
         for rows in (4, 8)
     }
     assert len(paths) == 2
+
+
+def test_products_of_many_rows_render_what_they_launch() -> None:
+    """Not the product with a tile of theirs, which has a line for each row of x and each row of weights."""
+    request = Request("bfloat16", Layout.read("bitmap()"), "bfloat16", False, Target.of("sm_90"))
+    text = built(request, Sizes(512, 1024, 1024, 100)).program.path.read_text(encoding="utf-8")
+    assert "def unpack(" in text
+    assert "def linear(" not in text
+    assert text.count("\n") < 300

@@ -43,7 +43,7 @@ def products(draw: st.DrawFn) -> Product:
     )  # fmt: skip
 
 
-@settings(max_examples=10)
+@settings(max_examples=20)
 @given(products())
 def test_products(product: Product) -> None:
     check(product, H200)
