@@ -26,12 +26,14 @@ from spgen.templates.tvm.weights.schedule import (
 from spgen.weights.compile import Request, Sizes
 from spgen.weights.storage import Stored
 
+_STREAMED = 4 << 20  # bytes of y from which it is stored past the caches (docs/notes/sparse-weights.md)
+_ALIGNED = 64
 _local = threading.local()
 
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Dot products for few rows of x, else tiles of rows that fill their vectors."""
-    return linear_tiles(sizes.m, request.transposed, request.target)
+    return linear_tiles(sizes.m, request.layout.kind, request.transposed, request.target)
 
 
 def build(kernel: Op, target: Target) -> LinearKernel:
@@ -117,6 +119,9 @@ class LinearKernel(_Compiled):
             arguments += weight.index[self._index]
         if tiles.dots:
             arguments.append(int(not in_place))
+        elif tiles.streams:
+            whole = y.data_ptr() % _ALIGNED == 0 and y.shape[1] % tiles.lanes == 0
+            arguments.append(int(whole and y.nbytes >= _STREAMED))
         workers = torch.get_num_threads()
         self._function(*arguments, _memory("scratch", workers * tiles.scratch).view(workers, tiles.scratch))
 

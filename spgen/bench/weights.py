@@ -135,5 +135,7 @@ def _pattern(
         return sp.n_of_m(2, 4)
     r, c = (1, 1) if kind == "bitmap" else (size, size) if isinstance(size, int) else size
     shape = (-(-work.outputs // r), -(-work.inputs // c))
-    mask = torch.rand(shape, device=work.device, generator=generator) >= sparsity
-    return sp.block(r, c, mask=mask)
+    drawn = torch.rand(shape, device=work.device, generator=generator).flatten()
+    mask = torch.zeros_like(drawn, dtype=torch.bool)
+    mask[drawn.topk(round((1 - sparsity) * len(drawn))).indices] = True
+    return sp.block(r, c, mask=mask.view(shape))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spgen.backends import tvm_linear
 from spgen.backends.tvm_linear import build, build_sampled
 from spgen.errors import DeviceError, UnsupportedError
 from spgen.ir.config import Config
@@ -183,6 +184,30 @@ def test_narrower_vectors(text: str, m: int, isa: str) -> None:
 def test_pairs_in_a_byte_in_narrower_vectors(isa: str) -> None:
     check(weight(50, 100, "blocks(16, 16)", values="int4"), 3, target=OTHERS[isa])
     check(weight(50, 100, "n_of_m(2, 4)", values="int4"), 3, target=OTHERS[isa])
+
+
+@pytest.mark.parametrize("m", [5, 8])
+@pytest.mark.parametrize("text", ["n_of_m(2, 4)", "n_of_m(8, 16)", "n_of_m(1, 3)", "bitmap()"])
+def test_more_columns_than_stay_near(text: str, m: int) -> None:
+    check(weight(70, 2300, text), m, bias=torch.randn(70))
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("target", [CPU, OTHERS["avx2"], OTHERS["sse2"]], ids=str)
+@pytest.mark.parametrize(("n", "text"), [(128, "blocks(64, 64)"), (80, "blocks(7, 5)"), (77, "n_of_m(2, 4)")])
+def test_large_results_go_past_the_caches(
+    n: int, text: str, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tvm_linear, "_STREAMED", 0)
+    for m in (16, 50):
+        stored = weight(n, 96, text)
+        check(stored, m, target=target, bias=torch.randn(n), activation="relu")
+        y = torch.full((m * n + 1,), 7.0)
+        x = torch.randn(m, 96)
+        request = Request("float32", stored.layout, "float32", False, target)
+        linear_kernel(request, Sizes(m, n, 96, 0))(x, [stored], None, y[1:].view(m, n))  # at no whole place
+        torch.testing.assert_close(y[1:].view(m, n), x @ stored.dense().T, atol=1e-4, rtol=1e-4)
+        assert y[0] == 7
 
 
 @pytest.mark.parametrize("device", ["aarch64", "riscv64"])

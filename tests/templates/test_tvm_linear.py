@@ -24,7 +24,7 @@ AVX2 = replace(AVX512, arch="x86-64-v3", isa="avx2", simd=8, registers=16)
 def kernel(text: str = "blocks(64, 64)", m: int = 64, target: Target = AVX512, **given: Any) -> Op:
     given = {"dtype": "float32", "values": "float32", "scales": False, **given}
     request = Request(layout=Layout.read(text), target=target, **given)
-    return kernel_of(request, Sizes(m, 256, 256, 0), linear_tiles(m, request.transposed, target))
+    return kernel_of(request, Sizes(m, 256, 256, 0), linear_tiles(m, request.layout.kind, request.transposed, target))
 
 
 def test_blocks_of_fp32_are_used_as_they_lie() -> None:
@@ -43,9 +43,25 @@ def test_few_rows_are_dot_products() -> None:
 
 
 def test_sizes_fit_the_vector_extension() -> None:
-    assert [linear_tiles(m, False, AVX512).block_m for m in (1, 5, 16, 33, 100, 512)] == [1, 6, 16, 48, 64, 64]
-    assert linear_tiles(100, False, AVX2).block_m == 16
-    assert linear_tiles(1, True, AVX512).block_m == 16
+    sizes = (1, 4, 5, 16, 33, 100, 512)
+    assert [linear_tiles(m, "blocks", False, AVX512).block_m for m in sizes] == [1, 4, 16, 16, 48, 64, 64]
+    assert [linear_tiles(m, "bitmap", False, AVX512).block_m for m in sizes] == [1, 4, 6, 16, 48, 64, 64]
+    assert linear_tiles(100, "blocks", False, AVX2).block_m == 16
+    assert linear_tiles(1, "blocks", True, AVX512).block_m == 16
+
+
+def test_only_vectors_of_which_half_is_stored_choose_from_x() -> None:
+    for text, m, target, wanted in (
+        ("n_of_m(2, 4)", 1, AVX512, True), ("n_of_m(8, 16)", 8, AVX512, True), ("n_of_m(1, 4)", 1, AVX512, False),
+        ("n_of_m(16, 32)", 1, AVX512, False), ("n_of_m(2, 4)", 64, AVX512, False), ("n_of_m(2, 4)", 1, AVX2, False),
+    ):  # fmt: skip
+        assert ("add_chosen" in linear_source(kernel(text, m, target), target)) == wanted
+
+
+def test_only_vectors_of_fp32_may_go_past_the_caches() -> None:
+    assert "is_streamed" in linear_source(kernel(m=64), AVX512)
+    assert "is_streamed" not in linear_source(kernel(m=1), AVX512)
+    assert "is_streamed" not in linear_source(kernel(m=64, dtype="bfloat16", values="bfloat16"), AVX512)
 
 
 @pytest.mark.parametrize("text", ["blocks(32, 32)", "blocks(7, 5)", "n_of_m(2, 4)", "n_of_m(1, 3)", "bitmap()"])

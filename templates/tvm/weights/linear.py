@@ -7,8 +7,10 @@ from spgen.target import Target
 from spgen.templates.render import render
 from spgen.templates.tvm.schedule import Isa, isa_of
 from spgen.templates.tvm.weights.schedule import (
+    NEAR,
     check,
     check_sampled,
+    chooses,
     dot_rows,
     expands,
     sampled_scratch,
@@ -37,6 +39,8 @@ def linear_source(kernel: Op, target: Target) -> str:
         segment=segment_of(kernel),
         value_bits=_BITS.get(kernel["values"], 8),
         expands=expands(kernel, isa),
+        chooses=chooses(kernel, isa),
+        near=NEAR,
         dot_rows=dot_rows(tiles.block_m),
         resident=height <= tiles.block_n and (not tiles.dots or dot_rows(tiles.block_m) == tiles.block_m),
         products="direct",
@@ -81,5 +85,6 @@ def _stored(kernel: Op, isa: Isa) -> str:
         dtype=kernel["values"],
         converts=isa.converts,
         expands=isa.scalef,
+        chooses=chooses(kernel, isa),
         each=isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0,
     )

@@ -18,10 +18,11 @@ from spgen.templates.tvm.schedule import DTYPES, Isa, isa_of
 
 VALUES = (*DTYPES, "int8", "int4", "float8_e4m3fn")
 WORD = 64  # columns of a word of bits
-DOTS = 12  # rows of x up to which the features lie in the lanes
+DOTS = {"blocks": 4, "n_of_m": 8, "bitmap": 8}  # rows of x up to which the features lie in the lanes
 _MOST_DOTS = 16
 _SAMPLED_ROWS = 128  # of g and x: both then lie in the nearer caches
 _MOST_SAMPLED_ROWS = 4096
+NEAR = 8192  # fp32 values that the nearest cache keeps
 _REGISTERS = 4  # rows of x whose sums share a register tile of dot products
 
 
@@ -32,7 +33,7 @@ class Tiles:
     A task computes block_m rows of `outputs` columns of y: those of `units` block rows (block columns of transposed
     weights), or that many rows of other storages. It adds up steps of `depth` inputs: a block, or a segment of a row.
     `dots`: the inputs lie in the lanes and the sums are of vectors; otherwise the rows of x lie in the lanes.
-    `direct`: weights are used as they lie in memory.
+    `direct`: weights are used as they lie in memory. `streams`: y may go past the caches, as the caller says.
     """
 
     lanes: int
@@ -44,6 +45,7 @@ class Tiles:
     depth: int
     weights: int
     direct: bool
+    streams: bool
 
     @property
     def wide(self) -> int:
@@ -93,6 +95,7 @@ def tiles_of(kernel: Op, target: Target) -> Tiles:
         lanes=isa.lanes, dots=dots, block_m=kernel["block_m"], block_n=kernel["block_n"], units=units, outputs=outputs,
         depth=depth, weights=2 if kernel["gated"] else 1,
         direct=blocks and (dots or (kernel["values"] == "float32" and not kernel["scales"])),
+        streams=kernel["dtype"] == "float32" and not dots and outputs % isa.lanes == 0,
     )  # fmt: skip
 
 
@@ -109,12 +112,19 @@ def expands(kernel: Op, isa: Isa) -> bool:
     return isa.scalef and isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0
 
 
-def linear_tiles(m: int, transposed: bool, target: Target) -> Config:
+def chooses(kernel: Op, isa: Isa) -> bool:
+    """Whether half of each vector's columns hold values, so that they choose from two vectors of x by AVX-512."""
+    n, m = kernel["rows"], kernel["cols"]
+    halves = kernel["storage"] == "n_of_m" and isa.lanes % m == 0 and m == 2 * n
+    return halves and isa.scalef and bool(option(kernel, "dots", 0))
+
+
+def linear_tiles(m: int, storage: str, transposed: bool, target: Target) -> Config:
     """The configuration for `m` rows of x."""
     isa = isa_of(target)
-    if not transposed and m <= DOTS:
-        rows = next(rows for rows in (1, 2, 3, 4, 6, 8, 12, 16) if rows >= m)
-        return Config(rows, dot_outputs(rows), ("dots=1",))
+    if not transposed and m <= DOTS[storage]:
+        # one output at a time: weights are then read as they lie, which the processor foresees
+        return Config(next(rows for rows in (1, 2, 3, 4, 6, 8) if rows >= m), 1, ("dots=1",))
     most = max(1, isa.block_m // isa.lanes)
     # each tile reads the weights, which takes about as long as the products of half a vector
     vectors = min(range(1, most + 1), key=lambda count: (-(-max(m, 1) // (count * isa.lanes)) * (count + 0.5), -count))
@@ -124,11 +134,6 @@ def linear_tiles(m: int, transposed: bool, target: Target) -> Config:
 def dot_rows(block_m: int) -> int:
     """Rows of x in a register tile of dot products."""
     return max(rows for rows in range(1, _REGISTERS + 1) if block_m % rows == 0)
-
-
-def dot_outputs(block_m: int) -> int:
-    """Outputs in such a tile."""
-    return {1: 8, 2: 8, 3: 6}.get(dot_rows(block_m), 4)
 
 
 def check(kernel: Op, target: Target) -> None:
