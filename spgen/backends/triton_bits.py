@@ -5,6 +5,8 @@
 | `warps` | of a program |
 | `cores` | 1: few rows times 2:4 weights by sparse tensor cores, straight from the stored form |
 | `warps_n`, `steps` | of those: warps beside each other on rows of weights; chunks of columns on their way |
+| `warpgroups` | on Hopper: up to 256 rows times 2:4 weights that threads expand, 64 rows of them a warpgroup |
+| `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |
 | `dense` | 1: the weight is unpacked first |
 
@@ -18,29 +20,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spgen.backends import cusparselt
+from spgen.backends import cusparselt, gluon_bits
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_program import Form, Program
 from spgen.ir.config import Config
-from spgen.ir.kernel import option
+from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon import two_of_four
+from spgen.templates.gluon import expanded, two_of_four
+from spgen.templates.gluon.linear import WARPGROUPS
 from spgen.templates.triton import bits
 from spgen.templates.triton.bits import LINEAR, UNIT, UNPACK
+from spgen.weights.compile import FEW
 from spgen.weights.storage import Layout, Stored
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
 
 VALUES = {**TRITON_TYPES, "int8": "i8", "int4": "u8"}
+_DENSE = Config(128, 128, ("dense=1",))
+_EXPANDED = range(17, 257)  # rows of x that are multiplied by expanded weights
+_PROGRAMS = 64  # of the form that expands weights, from which on it is worth its while
 _ONE_BY_ONE = 4  # rows of x that are multiplied as weights come
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -55,6 +62,11 @@ class BitsProduct:
     """y = activation(x W^T + bias) and its kin over n-of-m or bitmap weights."""
 
     def __init__(self, kernel: Op, target: Target) -> None:
+        self._expanded: gluon_bits.ExpandedProduct | None = None
+        if option(kernel, WARPGROUPS, 0):
+            if gluon_bits.serves(kernel, target):
+                self._expanded = gluon_bits.ExpandedProduct(kernel, target)
+            kernel = _portable(kernel)
         self.kernel, self.target = kernel, target
         self._cores = bool(option(kernel, "cores", 0))
         self._unpacks = bits.entry_of(kernel) == UNPACK
@@ -70,8 +82,12 @@ class BitsProduct:
         """Write y; shapes, dtypes and devices are the caller's promise (spgen.weights.compile.Backend)."""
         if not y.numel():
             return
+        if self._expanded is not None or self._cores:
+            x = x if _in_words(x) else x.clone(memory_format=torch.contiguous_format)
+        if self._expanded is not None and self._expanded(x, weights, bias, y):
+            return
         if self._cores:
-            self._by_cores(x if _in_words(x) else x.clone(memory_format=torch.contiguous_format), weights, bias, y)
+            self._by_cores(x, weights, bias, y)
         elif self._unpacks:
             self._unpacked_first(x, weights, bias, y)
         else:
@@ -81,6 +97,8 @@ class BitsProduct:
 
     def precompile(self) -> Mapping[str, int]:
         """Bring the binaries of aligned calls into the cache; what the product's takes."""
+        if self._expanded is not None:
+            return self._expanded.precompile()
         return self.program.precompile(next(reversed(self.program.forms)))
 
     def _by_cores(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
@@ -143,6 +161,14 @@ class LibraryProduct(BitsProduct):
         return cusparselt.product(x.contiguous(), form, bias, weight.shape[0])
 
 
+def _portable(kernel: Op) -> Op:
+    """The same kernel for weights that tensor maps do not express, and for other GPUs."""
+    config = _cores_config(FEW) if kernel["height"] == "few" else _DENSE
+    changed = {"block_m": config.block_m, "block_n": config.block_n, "options": config.options}
+    attributes: dict[str, Any] = {**dict(kernel.attrs), **changed}
+    return KERNEL.make("linear", **attributes)
+
+
 def _product(x: Tensor, matrix: Tensor) -> Tensor:
     """In float32."""
     if x.is_cuda and x.dtype != torch.float32:
@@ -187,13 +213,30 @@ def _units(weight: Stored) -> int:
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Always a legal choice."""
+    if _expands(request, sizes):
+        return _expanded_config(request, sizes.m)
     if sizes.height == "few" and _has_cores(request, sizes):
         return _cores_config(max(sizes.m, 1))
     if sizes.height == "many" and cusparselt.serves(request, sizes):
         return Config(128, 128, ("cusparselt=1",))
     if sizes.m > _ONE_BY_ONE:
-        return Config(128, 128, ("dense=1",))
+        return _DENSE
     return Config(bits.padded(max(sizes.m, 1)), 4 if request.gated or sizes.m > 2 else 8, ("warps=4",))
+
+
+def _expands(request: Request, sizes: Sizes) -> bool:
+    """Whether a call's weights are expanded in registers: on Hopper, with weights for enough programs."""
+    programs = sizes.n // (2 * expanded.TILE)
+    wide = sizes.m in _EXPANDED and programs >= _PROGRAMS and request.target.arch == "sm_90"
+    return wide and _has_cores(request, sizes)
+
+
+def _expanded_config(request: Request, m: int) -> Config:
+    """Expected, not measured: 128 rows of weights to a program; more warps where their sums leave room for them."""
+    rows = min(bits.padded(m, two_of_four.ROWS), 128 if request.gated else 256)
+    shares = 2 if rows * (1 + request.gated) <= 64 else 1
+    stages = 4 if request.scales else 3
+    return Config(rows, 128, ("warpgroups=2", f"shares={shares}", f"stages={stages}"))
 
 
 def _has_cores(request: Request, sizes: Sizes) -> bool:

@@ -25,7 +25,13 @@ _SHARED_SIZE_ATTRIBUTE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _STATIC_SHARED = 48 * 1024  # what a block may use without asking
 _MAP_BYTES = 128
 _MAP_VALUES = 8  # shape and strides of four axes
-_MAP_TYPES = {"float8_e4m3fn": 0, "float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType: bytes for float8
+_MAP_TYPES = {
+    "float8_e4m3fn": 0,
+    "int32": 3,
+    "float16": 6,
+    "float32": 7,
+    "bfloat16": 9,
+}  # CUtensorMapDataType: bytes for float8
 _PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _REPLACE = "cuTensorMapReplaceAddress"
 _LAUNCH = "cuLaunchKernelEx"

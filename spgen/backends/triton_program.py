@@ -109,11 +109,14 @@ class Program:
             self._calls[key] = Call(self._function(entry, aligned, device), grid, numbers)
             return self._calls[key]
 
-    def map(self, entry: str, tensors: Sequence[tuple[int, Tensor]], numbers: Sequence[int], grid: int) -> Call | None:
+    def map(
+        self, entry: str, tensors: Sequence[tuple[int, Tensor]], numbers: Sequence[int], grid: int, draws: bool = True
+    ) -> Call | None:
         """A launch of an aligned function through tensor maps, of which each call brings all pointers.
 
         `tensors` are what the maps show, with four axes, and their places among the pointers. None where the hardware
-        cannot express them. The grid is bounded by the multiprocessors: programs draw what to do.
+        cannot express them. If programs draw what to do, the grid is bounded by the multiprocessors, and a counter is
+        the last pointer.
         """
         maps = []
         for (place, tensor), box in zip(tensors, self.binary(entry).boxes, strict=True):
@@ -128,6 +131,8 @@ class Program:
         device = tensors[0][1].get_device()
         with self._lock:
             function = self._function(entry, True, device)
+        if not draws:
+            return Call(function, grid, numbers, maps)
         return Call(function, min(grid, self.target.cores), numbers, maps, counters(device).of)
 
     def _function(self, entry: str, aligned: bool, device: int) -> Function:

@@ -19,7 +19,7 @@ ROWS = 8  # of x in a tile
 TILE = 16  # rows of weights
 DIRECT = 2  # rows of x, up to which threads read it as it lies
 _HALVES = {"bfloat16": "bf16", "float16": "f16"}
-_WORDS = {"bfloat16": 4, "float16": 4, "float8_e4m3fn": 2, "int8": 2, "int4": 1}
+WORDS = {"bfloat16": 4, "float16": 4, "float8_e4m3fn": 2, "int8": 2, "int4": 1}
 
 
 def tiles(kernel: Op) -> int:
@@ -69,7 +69,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "text": str(kernel),
         "jit": "gluon.jit",
         "parameters": {entry: parameters(kernel, entry) for entry in entries(kernel)},
-        "words": _WORDS[kernel["values"]],
+        "words": WORDS[kernel["values"]],
         "values": kernel["values"],
         "half": _HALVES[kernel["dtype"]],
         "scales": kernel["scales"],

@@ -1,0 +1,106 @@
+"""What the Gluon template of 2:4 products that expand weights in registers needs to know about a level-3 kernel.
+
+`parameters` is also the contract with the launcher. Values and bits are words of 32 bits; `k` counts pairs of columns,
+`steps` 256 columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from spgen.ir.kernel import option
+from spgen.ir.node import Op
+from spgen.templates.gluon.linear import ELEMENTS, WARPGROUPS
+from spgen.templates.gluon.two_of_four import ARRANGE, LINEAR, WORDS
+from spgen.templates.triton.attention import Parameter
+from spgen.templates.triton.bits import halvings, sides
+
+ENTRIES = (ARRANGE, LINEAR)
+TILE = 64  # rows of weights that a warpgroup multiplies
+STEP = 256  # columns
+ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
+_BOX = 32  # words of a row that lie side by side in shared memory
+_X_BYTES = 64 * 2**10  # of shared memory for x
+_REGISTERS = {1: 232, 2: 232, 3: 152, 4: 104}  # by warpgroups
+_QUARTER = 128  # bytes of a row of x
+
+
+def expresses(kernel: Op) -> bool:
+    """Whether this form can serve a kernel: 2:4 values, 8 to 256 rows of x in a tile."""
+    stored = (kernel["storage"], kernel["rows"], kernel["cols"]) == ("n_of_m", 2, 4) and not kernel["transposed"]
+    values = kernel["values"] == kernel["dtype"] or (kernel["scales"] and kernel["dtype"] == "bfloat16")
+    rows = kernel["block_m"]
+    return bool(stored and kernel["dtype"] in ELEMENTS and values and 8 <= rows <= 256 and rows & (rows - 1) == 0)
+
+
+def box(kernel: Op) -> int:
+    """Words of a row of values in a box."""
+    return min(WORDS[kernel["values"]] * 16, _BOX)
+
+
+def boxes(kernel: Op) -> int:
+    """Boxes of values in a step."""
+    return WORDS[kernel["values"]] * 16 // box(kernel)
+
+
+def rows(kernel: Op) -> int:
+    """Of weights, of a program."""
+    return TILE * option(kernel, WARPGROUPS, 2)
+
+
+def shown(kernel: Op) -> dict[str, tuple[int, int]]:
+    """By descriptor, rows and columns of what it moves at once."""
+    moved: dict[str, tuple[int, int]] = {}
+    for side in sides(kernel):
+        moved |= {f"values_{side}_tiles": (rows(kernel), box(kernel)), f"bits_{side}_tiles": (rows(kernel), STEP // 32)}
+    return moved | {"arranged_tiles": (int(kernel["block_m"]), STEP // 4)}
+
+
+def parameters(kernel: Op, entry: str) -> tuple[Parameter, ...]:
+    """The arguments of a rendered kernel, in order; tensors first, as they change from call to call."""
+    return tuple(Parameter(name, kind) for name, kind in _parameters(kernel, entry))
+
+
+def _parameters(kernel: Op, entry: str) -> Iterator[tuple[str, str]]:
+    if entry == ARRANGE:
+        yield from (("x", "*i32"), ("arranged", "*i32"), ("k", "i32"), ("steps", "i32"), ("x_m", "i64"))
+        return
+    yield "arranged", "data"
+    for side in sides(kernel):
+        yield from ((f"values_{side}", "*i32"), (f"bits_{side}", "*i32"))
+        if kernel["scales"]:
+            yield f"scales_{side}", "*fp32"
+    if kernel["bias"]:
+        yield "bias", "data"
+    yield "y", "data"
+    yield from ((name, "desc") for name in shown(kernel))
+    yield from (("n", "i32"), ("steps", "i32"), ("m", "i32"))
+
+
+def symbols(kernel: Op) -> Mapping[str, Any]:
+    """Every symbol of expanded.py.jinja; its head comment says what they are."""
+    block_m = int(kernel["block_m"])
+    return {
+        "text": str(kernel),
+        "jit": "gluon.jit",
+        "parameters": {entry: parameters(kernel, entry) for entry in ENTRIES},
+        "words": WORDS[kernel["values"]],
+        "values": kernel["values"],
+        "element": ELEMENTS[kernel["dtype"]],
+        "scales": kernel["scales"],
+        "bias": kernel["bias"],
+        "activation": kernel["activation"],
+        "sides": sides(kernel),
+        "block_m": block_m,
+        "warpgroups": option(kernel, WARPGROUPS, 2),
+        "stages": option(kernel, "stages", 3),
+        "x_stages": option(kernel, "x_stages", max(min(_X_BYTES // (block_m * _QUARTER), 12), 3)),
+        "boxes": boxes(kernel),
+        "box": box(kernel),
+        "near": 4 // boxes(kernel),
+        "together": min(option(kernel, "together", 1), 4 // boxes(kernel)),
+        "shares": option(kernel, "shares", 1),
+        "registers": _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
+        "halvings": halvings,
+    }
