@@ -5,6 +5,7 @@
 | `warps` | of a program |
 | `cores` | 1: few rows times 2:4 weights by sparse tensor cores, straight from the stored form |
 | `warps_n`, `steps` | of those: warps beside each other on rows of weights; chunks of columns on their way |
+| `ahead` | 1, of those: the next chunks are read before these are multiplied |
 | `warpgroups` | on Hopper: up to 256 rows times 2:4 weights that threads expand, 64 rows of them a warpgroup |
 | `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |

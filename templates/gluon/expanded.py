@@ -49,6 +49,13 @@ def rows(kernel: Op) -> int:
     return TILE * option(kernel, WARPGROUPS, 2)
 
 
+def x_stages(kernel: Op) -> int:
+    """Quarters of x on their way. Of several shares each has slots of its own: its warps know no other's phases."""
+    fitting = max(min(_X_BYTES // (int(kernel["block_m"]) * _QUARTER), 12), 3)
+    count = option(kernel, "x_stages", fitting)
+    return count if option(kernel, "shares", 1) == 1 else max(count // 4 * 4, 4)
+
+
 def shown(kernel: Op) -> dict[str, tuple[int, int]]:
     """By descriptor, rows and columns of what it moves at once."""
     moved: dict[str, tuple[int, int]] = {}
@@ -95,11 +102,11 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "block_m": block_m,
         "warpgroups": option(kernel, WARPGROUPS, 2),
         "stages": option(kernel, "stages", 3),
-        "x_stages": option(kernel, "x_stages", max(min(_X_BYTES // (block_m * _QUARTER), 12), 3)),
+        "x_stages": x_stages(kernel),
         "boxes": boxes(kernel),
         "box": box(kernel),
         "near": 4 // boxes(kernel),
-        "together": min(option(kernel, "together", 1), 4 // boxes(kernel)),
+        "together": min(option(kernel, "together", 1), 4 // boxes(kernel), 4 // option(kernel, "shares", 1)),
         "shares": option(kernel, "shares", 1),
         "registers": _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
         "halvings": halvings,

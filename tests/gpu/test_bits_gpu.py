@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,36 @@ def test_all_places_of_a_group() -> None:
             y = run(product, target(), x, [weight]).double()
             wanted = x.double() @ weight.dense().double().T
             assert (y - wanted).norm() <= 6e-3 * wanted.norm()
+
+
+EXPANDED = (("warpgroups", 2), ("shares", 1), ("stages", 3), ("cores", None), ("warps", None), ("steps", None))
+
+
+@pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int8", "int4"])
+@pytest.mark.parametrize("m", [8, 32, 64, 128, 256])
+def test_expanded_weights(values: str, m: int) -> None:
+    """Rows of x and of weights, and columns, that fill no tile; with one and with two warpgroups to a row."""
+    for shares in (1, 2) if m <= 64 else (1,):
+        for rows, n, k in ((m, 256, 1024), (m - 3, 328, 1152), (m - 1, 72, 384)):
+            config = {**dict(EXPANDED), "block_m": m, "shares": shares}
+            plain = Product(rows, n, k, "n_of_m(2, 4)", "bfloat16", values, density=0.7, config=tuple(config.items()))
+            check(plain, target(), "cuda")
+            check(replace(plain, bias=True, activation="silu"), target(), "cuda")
+            if m < 256 and (shares == 1 or m <= 32):
+                check(replace(plain, gated=True, bias=True, activation="gelu_tanh"), target(), "cuda")
+
+
+def test_expanded_weights_that_no_tensor_map_expresses() -> None:
+    config = tuple({**dict(EXPANDED), "block_m": 64}.items())
+    check(Product(33, 200, 322, "n_of_m(2, 4)", "bfloat16", config=config), target(), "cuda")
+
+
+@pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int4"])
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_loads_ahead(values: str, m: int) -> None:
+    for k in (64, 512, 1000, 4096):
+        config = (("ahead", 1), ("warps", 2), ("steps", 2))
+        check(Product(m, 200, k, "n_of_m(2, 4)", "bfloat16", values, density=0.7, config=config), target(), "cuda")
 
 
 def packed(kept: torch.Tensor, product: Product) -> Stored:

@@ -9,6 +9,7 @@ import torch
 
 import spgen as sp
 from spgen.backends import cusparselt
+from spgen.backends.gluon_bits import ExpandedProduct
 from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.ir.config import Config
 from spgen.target import Target
@@ -67,6 +68,41 @@ def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, co
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of(target))
     assert config_of(request, Sizes(m, 1024, 1024, 100)).option("cores") == cores
     assert config_of(request, Sizes(m, 1024, 1023, 100)).option("cores") == 0
+
+
+@pytest.mark.parametrize(
+    ("m", "values", "gated", "options"),
+    [(64, "bfloat16", False, ("shares=2", "stages=2")), (256, "bfloat16", False, ("stages=2",)),
+     (128, "float8_e4m3fn", True, ("stages=3",)), (8, "int4", False, ("shares=2", "together=2")),
+     (16, "int8", True, ("shares=2",))],
+)  # fmt: skip
+def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tuple[str, ...]) -> None:
+    scales = values != "bfloat16"
+    request = Request(
+        "bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of("sm_90"), gated=gated, bias=True
+    )
+    one = kernel_of(request, Sizes(m, 8192, 4096, 2048), Config(m, 128, ("warpgroups=2", *options)))
+    kernel = ExpandedProduct(one, request.target)
+    for entry in kernel.program.forms:
+        assert not kernel.program.binary(entry).resources["spilled"]
+
+
+def test_where_weights_are_expanded() -> None:
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
+    assert config_of(request, Sizes(64, 14336, 4096, 2048)).option("warpgroups") == 2
+    for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 1024, 4096), (64, 14336, 4095)):
+        assert config_of(request, Sizes(m, n, k, 2048)).option("warpgroups") == 0
+    ampere = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_80"))
+    asked = kernel_of(ampere, Sizes(64, 14336, 4096, 2048), Config(64, 128, ("warpgroups=2",)))
+    assert BitsProduct(asked, ampere.target).kernel["options"][0] == "cores=1"
+
+
+@pytest.mark.parametrize("m", [1, 8])
+def test_loads_ahead_compile(m: int) -> None:
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "int4", True, Target.of("sm_90"))
+    options = ("cores=1", "warps=4", "steps=2", "ahead=1")
+    kernel = BitsProduct(kernel_of(request, Sizes(m, 1024, 1024, 100), Config(m, 16, options)), request.target)
+    assert not kernel.program.binary("linear").resources["spilled"]
 
 
 def test_sparse_products_are_in_the_binary() -> None:
