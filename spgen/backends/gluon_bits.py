@@ -41,7 +41,7 @@ def forms(kernel: Op) -> tuple[Form, ...]:
         boxes[name] = f"tensordesc<{element}[1, 1, {rows}, {columns}],{layout}>"
     return (
         Form(ARRANGE, expanded.parameters(kernel, ARRANGE), types, 1),
-        Form(LINEAR, expanded.parameters(kernel, LINEAR), types, 1, boxes=boxes),
+        Form(LINEAR, expanded.parameters(kernel, LINEAR), types, 1, boxes=boxes, registers=expanded.cap(kernel)),
     )
 
 

@@ -8,6 +8,7 @@
 | `ahead` | 1, of those: the next chunks are read before these are multiplied |
 | `warpgroups` | on Hopper: up to 256 rows times 2:4 weights that threads expand, 64 rows of them a warpgroup |
 | `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
+| `pair` | 1, of those: registers for two programs of one warpgroup and two shares to a multiprocessor |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |
 | `dense` | 1: the weight is unpacked first |
 

@@ -35,7 +35,8 @@ class Form:
 
     Kinds of parameters are Triton's types, or names of `types` for pointers, or "step" and "size": int64 and int32
     that are multiples of `vector` in the aligned variant, in which all tensors lie at multiples of 16 bytes. `boxes`
-    are the types of parameters that are tensor descriptors, which stand between tensors and numbers.
+    are the types of parameters that are tensor descriptors, which stand between tensors and numbers. `registers` caps
+    those of a thread (0: what fits), so that several programs fit a multiprocessor.
     """
 
     entry: str
@@ -45,6 +46,7 @@ class Form:
     warps: int = 4
     stages: int = 1
     boxes: Mapping[str, str] = field(default_factory=dict)
+    registers: int = 0
 
     def type_of(self, parameter: Parameter) -> str:
         """Triton's type of a parameter."""
@@ -178,7 +180,7 @@ class Program:
         if aligned:
             divisors = {name: VECTOR for name, kind in types.items() if kind.startswith("*")}
             divisors |= {one.name: form.vector for one in form.parameters if one.type in ("step", "size")}
-        return Specialised(self.path, entry, types, {}, divisors, form.warps, form.stages)
+        return Specialised(self.path, entry, types, {}, divisors, form.warps, form.stages, form.registers)
 
     def _launch_portable(self, entry: str, tensors: Sequence[Tensor], numbers: Sequence[int], grid: int) -> None:
         """The same function through Triton's own front end."""

@@ -23,6 +23,7 @@ ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
 _BOX = 32  # words of a row that lie side by side in shared memory
 _X_BYTES = 64 * 2**10  # of shared memory for x
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 104}  # by warpgroups
+_PAIR_CAP, _PAIR_REGISTERS = 80, 96  # of three warpgroups, of which two multiply; two programs to a multiprocessor
 _QUARTER = 128  # bytes of a row of x
 
 
@@ -62,6 +63,11 @@ def shown(kernel: Op) -> dict[str, tuple[int, int]]:
     for side in sides(kernel):
         moved |= {f"values_{side}_tiles": (rows(kernel), box(kernel)), f"bits_{side}_tiles": (rows(kernel), STEP // 32)}
     return moved | {"arranged_tiles": (int(kernel["block_m"]), STEP // 4)}
+
+
+def cap(kernel: Op) -> int:
+    """Registers of a thread at the start; 0: what fits."""
+    return _PAIR_CAP if option(kernel, "pair", 0) else 0
 
 
 def parameters(kernel: Op, entry: str) -> tuple[Parameter, ...]:
@@ -108,6 +114,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "near": 4 // boxes(kernel),
         "together": min(option(kernel, "together", 1), 4 // boxes(kernel), 4 // option(kernel, "shares", 1)),
         "shares": option(kernel, "shares", 1),
-        "registers": _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
+        "registers": _PAIR_REGISTERS
+        if option(kernel, "pair", 0)
+        else _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
         "halvings": halvings,
     }

@@ -74,14 +74,15 @@ def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, co
     ("m", "values", "gated", "options"),
     [(64, "bfloat16", False, ("shares=2", "stages=2")), (256, "bfloat16", False, ("stages=2",)),
      (128, "float8_e4m3fn", True, ("stages=3",)), (8, "int4", False, ("shares=2", "together=2")),
-     (16, "int8", True, ("shares=2",))],
+     (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "pair=1"))],
 )  # fmt: skip
 def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tuple[str, ...]) -> None:
     scales = values != "bfloat16"
     request = Request(
         "bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of("sm_90"), gated=gated, bias=True
     )
-    one = kernel_of(request, Sizes(m, 8192, 4096, 2048), Config(m, 128, ("warpgroups=2", *options)))
+    warpgroups = "warpgroups=1" if "pair=1" in options else "warpgroups=2"
+    one = kernel_of(request, Sizes(m, 8192, 4096, 2048), Config(m, 128, (warpgroups, *options)))
     kernel = ExpandedProduct(one, request.target)
     for entry in kernel.program.forms:
         assert not kernel.program.binary(entry).resources["spilled"]
