@@ -11,7 +11,7 @@ from spgen.backends import cusparselt
 from spgen.backends.triton_neurons import compact, down, up
 from spgen.target import Target
 from spgen.weights import ops
-from spgen.weights.storage import Layout, Stored
+from spgen.weights.storage import Layout, Stored, pack, quantized
 from tests.neurons import Neurons
 from tests.neurons import check as check_neurons
 from tests.products import Product, check, run
@@ -46,6 +46,36 @@ def test_quantised_values(values: str, m: int) -> None:
             check(product, target(), "cuda")
     if values != "int4":
         check(Product(m, 200, 322, "bitmap()", "bfloat16", values), target(), "cuda")
+
+
+@pytest.mark.parametrize(
+    "layout", ["n_of_m(1, 2)", "n_of_m(1, 4)", "n_of_m(3, 4)", "n_of_m(4, 8)", "n_of_m(9, 64)", "bitmap()"]
+)
+@pytest.mark.parametrize("m", [1, 2, 3, 8])
+def test_few_rows_by_tensor_cores(layout: str, m: int) -> None:
+    """Rows and columns that nothing divides, all densities, and other tiles than the default's."""
+    for density in (0.0, 0.1, 0.5, 1.0):
+        check(Product(m, 130, 1111, layout, "float16", density=density), target(), "cuda")
+    for warps in (1, 4):
+        for values in ("", "int8", "float8_e4m3fn"):
+            product = Product(m, 77, 4096, layout, "bfloat16", values, 0.5, gated=True, config=(("warps", warps),))
+            check(product, target(), "cuda")
+    check(Product(m, 130, 0, layout, "float16", bias=True), target(), "cuda")
+    if m <= 4:
+        check(Product(m, 130, 1111, layout, "float16", config=(("expand", 0),)), target(), "cuda")
+
+
+def test_all_bits_of_four_columns() -> None:
+    """Every choice of four columns, after every number of values in a word's half."""
+    product = Product(2, 64, 2048, "bitmap()", "bfloat16")
+    x, _, _ = product.tensors("cuda")
+    code = (torch.arange(64)[:, None] * 7 + torch.arange(512) * 5) % 16
+    kept = (code[..., None] >> torch.arange(4) & 1).bool().flatten(1)
+    weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    stored = pack(weight.cuda(), kept.cuda(), Layout("bitmap"))
+    y = run(product, target(), x, [stored]).double()
+    wanted = x.double() @ stored.dense().double().T
+    assert (y - wanted).norm() <= 6e-3 * wanted.norm()
 
 
 def test_all_places_of_a_group() -> None:
@@ -95,8 +125,6 @@ def test_loads_ahead(values: str, m: int) -> None:
 
 
 def packed(kept: torch.Tensor, product: Product) -> Stored:
-    from spgen.weights.storage import pack, quantized
-
     weight = torch.randn(kept.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
     stored = pack(weight.cuda(), kept.cuda(), Layout("n_of_m", 2, 4))
     return quantized(stored, product.values) if product.values else stored

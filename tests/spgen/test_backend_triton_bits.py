@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import spgen as sp
 from spgen.backends import cusparselt
 from spgen.backends.gluon_bits import ExpandedProduct
+from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.ir.config import Config
 from spgen.target import Target
@@ -17,6 +19,7 @@ from spgen.weights import ops
 from spgen.weights.compile import Request, ResultKernel, Sizes, config_of, kernel_of
 from spgen.weights.storage import Layout
 from tests.interpreted import run_interpreted
+from tests.sass import disassembled
 
 SMALL = Sizes(1, 64, 64, 9)
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -33,8 +36,9 @@ def built(request: Request, sizes: Sizes) -> BitsProduct:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("layout", "m"),
-    [("n_of_m(2, 4)", 1), ("n_of_m(2, 4)", 16), ("n_of_m(4, 8)", 4), ("bitmap()", 1), ("bitmap()", 512)],
-)
+    [("n_of_m(2, 4)", 1), ("n_of_m(2, 4)", 16), ("n_of_m(4, 8)", 4), ("n_of_m(1, 2)", 2),
+     ("bitmap()", 1), ("bitmap()", 8), ("bitmap()", 512)],
+)  # fmt: skip
 def test_compiles_ahead_of_time(target: str, m: int, layout: str) -> None:
     request = Request(
         "bfloat16", Layout.read(layout), "bfloat16", False, Target.of(target), bias=True, activation="silu"
@@ -110,6 +114,48 @@ def test_sparse_products_are_in_the_binary() -> None:
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
     kernel = built(request, Sizes(1, 1024, 1024, 100))
     assert "mma.sp::ordered_metadata" in kernel.program.path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("values", ["bfloat16", "int8"])
+@pytest.mark.parametrize("layout", ["bitmap()", "n_of_m(4, 8)"])
+def test_values_reach_tensor_cores_through_registers(layout: str, values: str) -> None:
+    """No shared memory, and no exchange between threads, before the sums are done."""
+    request = Request("bfloat16", Layout.read(layout), values, values == "int8", Target.of("sm_90"))
+    names = [
+        one.name.partition(".")[0]
+        for one in disassembled(built(request, Sizes(1, 64, 4096, 9)).program.binary("linear").code)
+    ]
+    last = max(number for number, name in enumerate(names) if name == "HMMA")
+    assert not {"LDS", "STS", "BAR", "SHFL", "LDL", "STL"} & set(names[:last])
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_threads_hold_what_their_numbers_say(warps: int, aligned: bool) -> None:
+    """A matrix product takes its operands from the threads of a warp: element i must be thread i's, and alone there."""
+    request = Request("bfloat16", Layout.read("bitmap()"), "bfloat16", False, Target.of("sm_90"))
+    config = Config(2, 2, ("expand=1", f"warps={warps}"))
+    program = BitsProduct(kernel_of(request, Sizes(2, 64, 4096, 9), config), request.target).program
+    text = compile_ahead(program.specialised("linear", aligned), request.target).asm["ttgir"]
+    products = [line for line in text.splitlines() if "mma.sync" in line]
+    assert products
+    (layout,) = {name for line in products for name in re.findall(r"tensor<\d+xf32, (#\w+)>", line)}
+    wanted = f"sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}]"
+    assert f"{layout} = #ttg.blocked<{{{wanted}" in text
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "layout", "m", "expand"),
+    [("sm_90", "bfloat16", "bitmap()", 8, 1), ("sm_80", "float16", "n_of_m(4, 8)", 1, 1),
+     ("sm_90", "bfloat16", "bitmap()", 9, 0), ("sm_90", "float32", "bitmap()", 1, 0),
+     ("sm_75", "float16", "bitmap()", 1, 0), ("gfx942", "bfloat16", "bitmap()", 1, 0),
+     ("sm_90", "bfloat16", "n_of_m(2, 6)", 1, 0), ("sm_90", "bfloat16", "n_of_m(2, 2)", 1, 0)],
+)  # fmt: skip
+def test_where_tensor_cores_are_used(target: str, dtype: str, layout: str, m: int, expand: int) -> None:
+    request = Request(dtype, Layout.read(layout), dtype, False, Target.of(target))
+    assert config_of(request, Sizes(m, 1024, 1024, 100)).option("expand") == expand
+    transposed = Request(dtype, Layout.read(layout), dtype, False, Target.of(target), transposed=True)
+    assert config_of(transposed, Sizes(m, 1024, 1024, 100)).option("expand") == 0
 
 
 def test_cusparselt_is_refused_without_a_gpu_or_where_it_does_not_fit() -> None:

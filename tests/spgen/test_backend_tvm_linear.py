@@ -186,6 +186,13 @@ def test_pairs_in_a_byte_in_narrower_vectors(isa: str) -> None:
     check(weight(50, 100, "n_of_m(2, 4)", values="int4"), 3, target=OTHERS[isa])
 
 
+@pytest.mark.parametrize("share", [0.2, 1.0])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
+@pytest.mark.parametrize("text", ["n_of_m(1, 2)", "n_of_m(1, 4)", "n_of_m(2, 4)", "n_of_m(1, 8)", "n_of_m(3, 8)"])
+def test_values_of_small_groups(text: str, values: str | None, share: float) -> None:
+    check(weight(70, 200, text, share, values=values), 24, bias=torch.randn(70))
+
+
 @pytest.mark.parametrize("m", [5, 8])
 @pytest.mark.parametrize("text", ["n_of_m(2, 4)", "n_of_m(8, 16)", "n_of_m(1, 3)", "bitmap()"])
 def test_more_columns_than_stay_near(text: str, m: int) -> None:

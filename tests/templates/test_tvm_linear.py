@@ -58,6 +58,17 @@ def test_only_vectors_of_which_half_is_stored_choose_from_x() -> None:
         assert ("add_chosen" in linear_source(kernel(text, m, target), target)) == wanted
 
 
+def test_values_of_small_groups_pick_their_rows_of_x() -> None:
+    for text, m, target, given, wanted in (
+        ("n_of_m(2, 4)", 64, AVX512, {}, True), ("n_of_m(1, 8)", 64, AVX2, {}, True),
+        ("n_of_m(2, 4)", 1, AVX512, {}, False), ("n_of_m(3, 4)", 64, AVX512, {}, False),
+        ("n_of_m(8, 16)", 64, AVX512, {}, False),
+        ("n_of_m(1, 8)", 64, AVX512, {"values": "int8", "scales": True}, False),
+        ("n_of_m(2, 4)", 64, AVX512, {"transposed": True}, False), ("bitmap()", 64, AVX512, {}, False),
+    ):  # fmt: skip
+        assert ("places_of_group" in linear_source(kernel(text, m, target, **given), target)) == wanted
+
+
 def test_only_vectors_of_fp32_may_go_past_the_caches() -> None:
     assert "is_streamed" in linear_source(kernel(m=64), AVX512)
     assert "is_streamed" not in linear_source(kernel(m=1), AVX512)

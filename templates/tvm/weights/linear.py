@@ -10,9 +10,10 @@ from spgen.templates.tvm.weights.schedule import (
     NEAR,
     check,
     check_sampled,
-    chooses,
     dot_rows,
     expands,
+    halves,
+    picks,
     sampled_scratch,
     sampled_tile,
     segment_of,
@@ -39,7 +40,8 @@ def linear_source(kernel: Op, target: Target) -> str:
         segment=segment_of(kernel),
         value_bits=_BITS.get(kernel["values"], 8),
         expands=expands(kernel, isa),
-        chooses=chooses(kernel, isa),
+        halves=halves(kernel, isa),
+        picks=picks(kernel, isa),
         near=NEAR,
         dot_rows=dot_rows(tiles.block_m),
         resident=height <= tiles.block_n and (not tiles.dots or dot_rows(tiles.block_m) == tiles.block_m),
@@ -85,6 +87,14 @@ def _stored(kernel: Op, isa: Isa) -> str:
         dtype=kernel["values"],
         converts=isa.converts,
         expands=isa.scalef,
-        chooses=chooses(kernel, isa),
+        halves=halves(kernel, isa),
+        places=_places(kernel) if picks(kernel, isa) else [],
         each=isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0,
     )
+
+
+def _places(kernel: Op) -> list[int]:
+    """By the bits of a group, where in a segment of x its values' rows are, 16 bits each."""
+    n, m, tall = kernel["rows"], kernel["cols"], kernel["block_m"]
+    columns = [[column for column in range(m) if bits >> column & 1][:n] for bits in range(2**m)]
+    return [sum(column * tall << 16 * e for e, column in enumerate(some)) for some in columns]

@@ -112,11 +112,19 @@ def expands(kernel: Op, isa: Isa) -> bool:
     return isa.scalef and isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0
 
 
-def chooses(kernel: Op, isa: Isa) -> bool:
-    """Whether half of each vector's columns hold values, so that they choose from two vectors of x by AVX-512."""
+def halves(kernel: Op, isa: Isa) -> bool:
+    """Whether half of each vector's columns hold values, which then choose from x by AVX-512: zeros cost nothing."""
     n, m = kernel["rows"], kernel["cols"]
-    halves = kernel["storage"] == "n_of_m" and isa.lanes % m == 0 and m == 2 * n
-    return halves and isa.scalef and bool(option(kernel, "dots", 0))
+    exact = kernel["storage"] == "n_of_m" and isa.lanes % m == 0 and m == 2 * n
+    return exact and isa.scalef and bool(option(kernel, "dots", 0))
+
+
+def picks(kernel: Op, isa: Isa) -> bool:
+    """Whether the values of a group pick their rows of x by a table, so that zeros cost nothing."""
+    n, m = kernel["rows"], kernel["cols"]
+    small = kernel["storage"] == "n_of_m" and m in (2, 4, 8) and 2 * n <= m
+    whole = kernel["values"] == "float32" or WORD // m * n % isa.lanes == 0
+    return small and whole and not kernel["transposed"] and not option(kernel, "dots", 0)
 
 
 def linear_tiles(m: int, storage: str, transposed: bool, target: Target) -> Config:
