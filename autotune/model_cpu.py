@@ -8,7 +8,7 @@ from functools import partial
 
 from spgen.autotune.work import Work
 from spgen.ir.config import Config
-from spgen.ir.register_tiles import usual_key_rows, usual_value_rows
+from spgen.ir.register_tiles import usual_rows, usual_value_rows
 from spgen.target import Target
 
 _PORTS = 2  # vector loads, and multiply-adds, that a core starts in a cycle
@@ -51,7 +51,7 @@ def terms(work: Work, config: Config, target: Target, values: Mapping[str, float
 def tile_rows(config: Config, target: Target, value_dim: int) -> tuple[int, int]:
     """Rows of the register tiles of K Q and V P: as chosen, else the usual ones."""
     vectors = max(config.block_m // target.simd, 1)
-    keys = usual_key_rows(config.block_n, vectors, target.registers)
+    keys = usual_rows(config.block_n, vectors, target.registers)
     channels = usual_value_rows(value_dim, vectors, target.registers)
     return config.option("key_rows", keys), config.option("value_rows", channels)
 

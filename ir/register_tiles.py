@@ -16,8 +16,8 @@ def most_rows(vectors: int, registers: int) -> int:
     return max(1, min(_TALLEST, (registers - _SPARE - vectors) // vectors))
 
 
-def usual_key_rows(block_n: int, vectors: int, registers: int) -> int:
-    """Keys: a divisor of the block, so that no row is computed for nothing."""
+def usual_rows(block_n: int, vectors: int, registers: int) -> int:
+    """Keys of attention, or outputs of a product: a divisor of the block, so that none is computed for nothing."""
     return _divisor(block_n, most_rows(vectors, registers))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,12 +29,15 @@ from spgen.weights.storage import Stored
 
 _STREAMED = 4 << 20  # bytes of y from which it is stored past the caches (docs/notes/sparse-weights.md)
 _ALIGNED = 64
+_MANY_SHAPES = 256
 _local = threading.local()
 
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Dot products for few rows of x, else tiles of rows that fill their vectors."""
-    return linear_tiles(sizes.m, request.layout.kind, request.transposed, request.target)
+    layout = request.layout
+    height = layout.cols if request.transposed else layout.rows
+    return linear_tiles(sizes.m, layout.kind, height, request.transposed, request.target)
 
 
 def build(kernel: Op, target: Target) -> LinearKernel:
@@ -89,6 +93,7 @@ class LinearKernel(_Compiled):
     def __init__(self, kernel: Op, target: Target) -> None:
         super().__init__(kernel, target)
         self._tiles = tiles_of(kernel, target)
+        self._scratch = self._tiles.scratch
         self._index = {"blocks": slice(3, 7) if kernel["transposed"] else slice(0, 3)}.get(
             kernel["storage"], slice(None)
         )
@@ -103,11 +108,11 @@ class LinearKernel(_Compiled):
         arguments: list[Any] = [x]
         if not tiles.dots:
             row_tiles = -(-m // tiles.block_m)
-            staged = _memory("staged", row_tiles * width * tiles.block_m).view(row_tiles, width, tiles.block_m)
+            staged = _memory("staged", row_tiles, width, tiles.block_m)
         elif in_place := width == inputs and x.dtype == torch.float32:
             staged = x
         else:
-            staged = _memory("staged", m * width).view(m, width)
+            staged = _memory("staged", m, width)
         arguments += [staged, y]
         if bias is not None:
             arguments.append(bias.to(x.dtype))
@@ -122,8 +127,7 @@ class LinearKernel(_Compiled):
         elif tiles.streams:
             whole = y.data_ptr() % _ALIGNED == 0 and y.shape[1] % tiles.lanes == 0
             arguments.append(int(whole and y.nbytes >= _STREAMED))
-        workers = torch.get_num_threads()
-        self._function(*arguments, _memory("scratch", workers * tiles.scratch).view(workers, tiles.scratch))
+        self._function(*arguments, _memory("scratch", torch.get_num_threads(), self._scratch))
 
 
 class SampledKernel(_Compiled):
@@ -137,15 +141,18 @@ class SampledKernel(_Compiled):
         """Write `out`, shaped as the stored values; shapes, dtypes and devices are the caller's promise."""
         if not out.numel():
             return
-        workers = torch.get_num_threads()
-        scratch = _memory("scratch", workers * self._scratch).view(workers, self._scratch)
+        scratch = _memory("scratch", torch.get_num_threads(), self._scratch)
         self._function(g, x, *stored.index[:3], out, scratch)
 
 
-def _memory(name: str, size: int) -> Tensor:
-    """fp32 values that this thread's calls share."""
-    kept: Tensor | None = getattr(_local, name, None)
-    if kept is None or len(kept) < size:
-        kept = torch.empty(size)
-        setattr(_local, name, kept)
-    return kept[:size]
+def _memory(name: str, *shape: int) -> Tensor:
+    """fp32 values that this thread's calls share, as a tensor of this shape."""
+    kept: dict[tuple[int, ...], Tensor] = _local.__dict__.setdefault(name, {})
+    found = kept.get(shape)
+    if found is None:
+        size, whole = math.prod(shape), kept.get(())
+        if whole is None or len(whole) < size or len(kept) > _MANY_SHAPES:
+            kept.clear()
+            whole = kept[()] = torch.empty(max(size, 0 if whole is None else len(whole)))
+        found = kept[shape] = whole[:size].view(shape)
+    return found

@@ -61,7 +61,9 @@ def _section(result: Result, name: str, rows: list[Row]) -> Table:
     case = ("length", "sparsity") if swept else ("pattern", "density")
     head = (*case, OURS, rate, "of the floor", "plan", "with plan", *map(title, others), "error")
     lines = [_line(row, swept, others, scale) for row in rows]
-    told = [n for n in range(len(head)) if n < 2 or any(line[n] != _NONE for line in lines)]
+    planned = any(entry.plan_ms for row in rows for entry in row.entries.values())
+    silent = () if planned else (head.index("plan"), head.index("with plan"))
+    told = [n for n in range(len(head)) if n not in silent and (n < 2 or any(line[n] != _NONE for line in lines))]
     return Table(name, [head[n] for n in told], [[line[n] for n in told] for line in lines])
 
 

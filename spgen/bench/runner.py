@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spgen.autotune.measure import Call, Sample, Timer, on_gpu, samples, wall
+from spgen.autotune.measure import Call, Sample, Timer, on_cpu, on_gpu, samples, wall
 from spgen.bench.ceilings import Ceiling, ceilings
 from spgen.bench.machine import hardware, versions
 from spgen.bench.peers import SAME, AnyProblem, Contender, attempt, available, failure
@@ -28,7 +28,7 @@ _PLAN, _WITH_PLAN = " plan", " with plan"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: readings of each call, and milliseconds of a reading on a GPU."""
+    """How long to measure: readings of each call, and milliseconds of a reading."""
 
     rounds: int
     milliseconds: int
@@ -37,12 +37,12 @@ class Effort:
     def of(device: str, quick: bool) -> Effort:
         """Enough for figures to quote, or to see that it works."""
         if device == "cpu":
-            return Effort(3 if quick else 9, 0)
+            return Effort(3, 5) if quick else Effort(9, 10)
         return Effort(2, 20) if quick else Effort(5, 50)
 
     def timer(self, device: str) -> Timer:
-        """By events on a GPU, the L2 cache emptied before each call; by the clock on a CPU."""
-        return wall if device == "cpu" else on_gpu(self.milliseconds, fewest=1)
+        """By events on a GPU, the L2 cache emptied before each call; by the clock on a CPU, the fastest call."""
+        return on_cpu(self.milliseconds) if device == "cpu" else on_gpu(self.milliseconds, fewest=1)
 
 
 def run(

@@ -140,7 +140,9 @@ def _mlp_cpu(quick: bool) -> Iterator[Case]:
         return
     for size in (32, 16):
         yield _weights(section, replace(work, rows=128), f"blocks of {size}, 90% left out", size=size)
-    yield _weights(section, work, "2 of 4", kind="n_of_m")
+    yield _weights(section, work, "blocks of 64, all stored", sparse=0.0)
+    for rows in (1, 16, 128):
+        yield _weights(section, replace(work, rows=rows), "2 of 4", kind="n_of_m")
     yield _weights(section, work, "any 50%", kind="bitmap", sparse=0.5)
     yield _weights(section, work, "groups of 16, 50% left out, int4", size=(1, 16), sparse=0.5, values="int4")
 

@@ -169,9 +169,10 @@ class Walk:
     ) -> Iterator[Run]:
         bounds = self._bounds[number][:, sequence, :, tile]
         asked = sorted({head // self._group for head in heads})
-        low, high = int(bounds[0, asked].min()), int(bounds[3, asked].max())
-        if low >= high:
+        begun = bounds[:, asked][:, bounds[0, asked] < bounds[3, asked]]  # an empty run begins anywhere
+        if not begun.numel():
             return
+        low, high = int(begun[0].min()), int(begun[3].max())
         keys = self._keys(segment, tile, torch.arange(low, high))[sequence]
         for head in heads:
             start, first, last, stop = bounds[:, head // self._group].tolist()

@@ -32,14 +32,14 @@ _FORMS = ("linear", "gated", "transposed")
 
 
 class TunedProduct(Measured[Job]):
-    """A case as the search's Problem. Making it draws x and the weights on the device."""
+    """A case as the search's Problem. Making it draws `x` and the `weights` on the device."""
 
     def __init__(self, case: ProductCase, place: Place, compilers: Compilers, known: Record | None = None) -> None:
         super().__init__(place, compilers, case.dtype)
         self.case, self._known = case, known
-        self._weights = _weights(case, place.device)
-        one = self._weights[0]
-        stored = sum(weight.values.numel() for weight in self._weights)
+        self.weights = _weights(case, place.device)
+        one = self.weights[0]
+        stored = sum(weight.values.numel() for weight in self.weights)
         self.sizes = Sizes(case.rows, case.outputs, case.inputs, stored)
         self.request = Request(
             case.dtype, one.layout, values_dtype(one), one.scales is not None, place.target,
@@ -49,8 +49,8 @@ class TunedProduct(Measured[Job]):
         widths = (case.outputs, case.inputs) if case.form == "transposed" else (case.inputs, case.outputs)
         generator = torch.Generator(place.device).manual_seed(0)
         dtype = _DTYPES[case.dtype]
-        self._x = torch.randn(case.rows, widths[0], device=place.device, dtype=dtype, generator=generator)
-        self._y = self._x.new_empty(case.rows, widths[1])
+        self.x = torch.randn(case.rows, widths[0], device=place.device, dtype=dtype, generator=generator)
+        self._y = self.x.new_empty(case.rows, widths[1])
 
     @cached_property
     def record(self) -> Record:
@@ -79,7 +79,7 @@ class TunedProduct(Measured[Job]):
     def launch(self, config: Config) -> tuple[Callable[[], None], Tensor]:
         """A launch of the bare kernel, and where it writes."""
         self._y.fill_(torch.nan)
-        return partial(kernel_of_job(self.job(config)), self._x, self._weights, None, self._y), self._y
+        return partial(kernel_of_job(self.job(config)), self.x, self.weights, None, self._y), self._y
 
 
 def around(config: Config) -> list[Config]:

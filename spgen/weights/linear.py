@@ -10,7 +10,7 @@ y = mlp(x)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +43,27 @@ class Weight(nn.Module):
 
     def __init__(self, stored: Stored) -> None:
         super().__init__()
-        self.layout, self.shape, self._count = str(stored.layout), stored.shape, len(stored.index)
+        self.layout, self.shape = str(stored.layout), stored.shape
         if stored.scales is None:
             self.values = nn.Parameter(stored.values)
         else:
             self.register_buffer("values", stored.values)
         self.register_buffer("scales", stored.scales)
-        for number, tensor in enumerate(stored.index):
-            self.register_buffer(f"index_{number}", tensor)
+        self._names = tuple(f"index_{number}" for number in range(len(stored.index)))
+        for name, tensor in zip(self._names, stored.index, strict=True):
+            self.register_buffer(name, tensor)
 
     @property
     def index(self) -> list[Tensor]:
         """The index tensors, in the order of spgen/weights/storage.py."""
-        return [getattr(self, f"index_{number}") for number in range(self._count)]
+        return self.tensors()[1]
+
+    def tensors(self) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """Values, index, scales: from the dictionaries in which a module looks up names, half a microsecond each."""
+        buffers = self._buffers
+        values = self._parameters.get("values")
+        index = [buffers[name] for name in self._names]
+        return self.values if values is None else values, cast("list[Tensor]", index), buffers["scales"]
 
     @property
     def stored(self) -> Stored:
@@ -71,8 +79,8 @@ class Weight(nn.Module):
         if stored.shape != self.shape or str(stored.layout) != self.layout:
             raise ShapeError("weight", given=f"{stored.layout} {stored.shape}", allowed=f"{self.layout} {self.shape}")
         self.values.data = stored.values
-        for number, tensor in enumerate(stored.index):
-            setattr(self, f"index_{number}", tensor)
+        for name, tensor in zip(self._names, stored.index, strict=True):
+            setattr(self, name, tensor)
 
     def extra_repr(self) -> str:
         """Shape, storage and the share of values that are stored."""
@@ -92,21 +100,21 @@ class Weight(nn.Module):
 class Features(nn.Module):
     """Orders of a layer's inputs and outputs, buffers; moves nothing where there are none."""
 
-    inputs: Tensor | None
-    places: Tensor | None  # of the outputs among those by rank
-
     def __init__(self, orders: Orders) -> None:
         super().__init__()
         self.register_buffer("inputs", orders.k)
+        # of the outputs among those by rank
         self.register_buffer("places", None if orders.q is None else torch.argsort(orders.q))
 
     def ranked(self, x: Tensor) -> Tensor:
         """Inputs by rank."""
-        return x if self.inputs is None else x.index_select(-1, self.inputs)
+        order = self._buffers["inputs"]
+        return x if order is None else x.index_select(-1, order)
 
     def restored(self, y: Tensor) -> Tensor:
         """Outputs in their own order."""
-        return y if self.places is None else y.index_select(-1, self.places)
+        places = self._buffers["places"]
+        return y if places is None else y.index_select(-1, places)
 
 
 _AS_THEY_ARE = Orders()
@@ -128,12 +136,11 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in x's dtype, which is the weight's; any strides."""
-        weight, x = self.weight, self.features.ranked(x)
-        call: Any = ops.linear if is_plain(x, weight.values.data, x) and not _differentiates(self) else _OPS.linear
-        y: Tensor = call(
-            x, weight.values, weight.index, weight.scales, self.bias, weight.layout, *weight.shape, self.activation
-        )
-        return self.features.restored(y)
+        weight, features, bias = self.weight, self.features, self.bias
+        (values, index, scales), x = weight.tensors(), features.ranked(x)
+        call: Any = ops.linear if is_plain(x, values.data, x) and not _differentiate(values, bias) else _OPS.linear
+        y: Tensor = call(x, values, index, scales, bias, weight.layout, *weight.shape, self.activation)
+        return features.restored(y)
 
     def explain(self, x: Tensor) -> Explanation:
         """Storage, bytes, floor and the chosen kernel of a call; printable."""
@@ -160,8 +167,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D], in x's dtype, which is the weights'; any strides."""
-        namespace: Any = ops if is_plain(x, self.up.values.data, x) and not _differentiates(self) else _OPS
         up, down, gate, x = self.up, self.down, self.gate, self.features.ranked(x)
+        learned = (up.values, down.values, None if gate is None else gate.values, self.hidden_bias, self.bias)
+        namespace: Any = ops if is_plain(x, up.values.data, x) and not _differentiate(*learned) else _OPS
         if gate is None or not _alike(gate, up):
             hidden = namespace.linear(
                 x, up.values, up.index, up.scales, self.hidden_bias if gate is None else None, up.layout, *up.shape,
@@ -185,8 +193,8 @@ class MLP(nn.Module):
 _OPS: Any = torch.ops.spgen
 
 
-def _differentiates(module: nn.Module) -> bool:
-    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+def _differentiate(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _alike(one: Weight, other: Weight) -> bool:

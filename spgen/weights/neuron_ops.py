@@ -16,6 +16,7 @@ from torch.nn.functional import embedding_bag
 from spgen.weights.ops import activated
 
 _FEW = 32  # lists up to which gathering on the CPU beats computing all neurons
+_BAGS = 8  # parts of a sum, each a worker's
 
 _SCHEMAS = (
     """neurons(
@@ -83,17 +84,19 @@ def _neurons_cpu(
     for start in range(0, len(x), rows):
         part = slice(start, start + rows)
         index = flags[start].nonzero().flatten()
-        own = None if hidden_bias is None else hidden_bias[index]
-        h = _hidden(x[part], None if gate is None else gate[index], up[index], own, activation)
+        own, of_gate = (None if one is None else one.index_select(0, index) for one in (hidden_bias, gate))
+        h = _hidden(x[part], of_gate, up.index_select(0, index), own, activation)
         y[part] = _sums(h if factor is None else h * factor[part, index], index, down)
     return _plus(y, bias)
 
 
 def _sums(h: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """h [rows, active] times these rows of the weight: one row without a copy of them."""
+    """h [rows, active] times these rows of the weight: one row without a copy of them, by several workers."""
     if len(h) > 1:
-        return h @ weight[index]
-    return embedding_bag(index, weight, index.new_zeros(1), mode="sum", per_sample_weights=h[0])
+        return h @ weight.index_select(0, index)
+    bags = _BAGS if h.dtype == torch.float32 else 1  # sums of parts would be rounded
+    starts = torch.arange(bags) * len(index) // bags
+    return embedding_bag(index, weight, starts, mode="sum", per_sample_weights=h[0]).sum(0, keepdim=True)
 
 
 def _channels_cpu(

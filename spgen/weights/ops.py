@@ -131,7 +131,7 @@ def _bucket(rows: int) -> int:
 
 def rows_of(x: Tensor) -> Tensor:
     """[..., K] as [M, K] with contiguous columns."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 

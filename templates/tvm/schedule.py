@@ -11,7 +11,7 @@ from spgen.errors import UnsupportedError
 from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
-from spgen.ir.register_tiles import usual_key_rows, usual_value_rows
+from spgen.ir.register_tiles import usual_rows, usual_value_rows
 from spgen.target import Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,7 +86,7 @@ def products(kernel: Op, isa: Isa, *, strided: bool) -> str:
 def key_rows(kernel: Op, isa: Isa) -> int:
     """Keys of the register tile of K Q."""
     vectors = kernel["block_m"] // isa.lanes
-    return option(kernel, "key_rows", usual_key_rows(kernel["block_n"], vectors, isa.registers))
+    return option(kernel, "key_rows", usual_rows(kernel["block_n"], vectors, isa.registers))
 
 
 def value_rows(kernel: Op, isa: Isa) -> int:

@@ -72,6 +72,27 @@ def test_tiles_cover_the_pattern_and_whole_ones_hold_nothing_else(
     assert bool((whole <= wanted.double()).all()), "a whole tile holds a pair that the pattern does not"
 
 
+def test_empty_runs_lie_anywhere_and_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows in another order for one head only: its runs in a tile may be empty, and then begin at no key at all."""
+    keys, longest = walk.Walk._keys, 0
+
+    def counted(self: walk.Walk, segment: object, tile: int, positions: torch.Tensor) -> torch.Tensor:
+        nonlocal longest
+        longest = max(longest, len(positions))
+        assert longest <= 9
+        return keys(self, segment, tile, positions)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(walk.Walk, "_keys", counted)
+    order = torch.stack([torch.arange(9).flip(0), torch.arange(9)]).int()
+    mixed = sp.permuted(sp.block(1, mask=torch.ones(9, 9, dtype=torch.bool)), q=order)
+    pattern = sp.causal() & mixed | sp.documents(torch.tensor([0] * 4 + [1] * 5).int())
+    call = Call(9, 9, 2, 2, 1, None)
+    for size in ((8, 8), (4, 16)):
+        visited = show(pattern, call, tiles=size).visited(9, 9)
+        assert bool((visited.sum((0, 1)) >= mask_of(pattern, call)[0].double()).all())
+    assert longest
+
+
 @given(drawn(), st.sampled_from([(8, 8), (16, 8)]))
 def test_tiles_are_counted_as_explain_does(case: tuple[sp.Pattern, Call], size: tuple[int, int]) -> None:
     pattern, call = case

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spgen.backends.tvm_linear import default_config
 from spgen.errors import UnsupportedError
 from spgen.ir.kernel import ACTIVATIONS
 from spgen.ir.node import Op
@@ -24,7 +25,7 @@ AVX2 = replace(AVX512, arch="x86-64-v3", isa="avx2", simd=8, registers=16)
 def kernel(text: str = "blocks(64, 64)", m: int = 64, target: Target = AVX512, **given: Any) -> Op:
     given = {"dtype": "float32", "values": "float32", "scales": False, **given}
     request = Request(layout=Layout.read(text), target=target, **given)
-    return kernel_of(request, Sizes(m, 256, 256, 0), linear_tiles(m, request.layout.kind, request.transposed, target))
+    return kernel_of(request, Sizes(m, 256, 256, 0), default_config(request, Sizes(m, 256, 256, 0)))
 
 
 def test_blocks_of_fp32_are_used_as_they_lie() -> None:
@@ -44,10 +45,11 @@ def test_few_rows_are_dot_products() -> None:
 
 def test_sizes_fit_the_vector_extension() -> None:
     sizes = (1, 4, 5, 16, 33, 100, 512)
-    assert [linear_tiles(m, "blocks", False, AVX512).block_m for m in sizes] == [1, 4, 16, 16, 48, 64, 64]
-    assert [linear_tiles(m, "bitmap", False, AVX512).block_m for m in sizes] == [1, 4, 6, 16, 48, 64, 64]
-    assert linear_tiles(100, "blocks", False, AVX2).block_m == 16
-    assert linear_tiles(1, "blocks", True, AVX512).block_m == 16
+    assert [linear_tiles(m, "blocks", 64, False, AVX512).block_m for m in sizes] == [1, 4, 16, 16, 48, 64, 64]
+    assert [linear_tiles(m, "bitmap", 1, False, AVX512).block_m for m in sizes] == [1, 4, 6, 16, 48, 64, 64]
+    assert linear_tiles(100, "blocks", 64, False, AVX2).block_m == 16
+    assert linear_tiles(1, "blocks", 64, True, AVX512).block_m == 16
+    assert [linear_tiles(64, "blocks", rows, False, AVX512).block_n for rows in (64, 32, 5, 1)] == [4, 4, 5, 6]
 
 
 def test_only_vectors_of_which_half_is_stored_choose_from_x() -> None:

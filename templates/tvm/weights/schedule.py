@@ -12,7 +12,7 @@ from spgen.errors import UnsupportedError
 from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
-from spgen.ir.register_tiles import most_rows
+from spgen.ir.register_tiles import most_rows, usual_rows
 from spgen.target import Target
 from spgen.templates.tvm.schedule import DTYPES, Isa, isa_of
 
@@ -127,8 +127,8 @@ def picks(kernel: Op, isa: Isa) -> bool:
     return small and whole and not kernel["transposed"] and not option(kernel, "dots", 0)
 
 
-def linear_tiles(m: int, storage: str, transposed: bool, target: Target) -> Config:
-    """The configuration for `m` rows of x."""
+def linear_tiles(m: int, storage: str, height: int, transposed: bool, target: Target) -> Config:
+    """The configuration for `m` rows of x; `height` are the outputs of a block."""
     isa = isa_of(target)
     if not transposed and m <= DOTS[storage]:
         # one output at a time: weights are then read as they lie, which the processor foresees
@@ -136,7 +136,8 @@ def linear_tiles(m: int, storage: str, transposed: bool, target: Target) -> Conf
     most = max(1, isa.block_m // isa.lanes)
     # each tile reads the weights, which takes about as long as the products of half a vector
     vectors = min(range(1, most + 1), key=lambda count: (-(-max(m, 1) // (count * isa.lanes)) * (count + 0.5), -count))
-    return Config(vectors * isa.lanes, most_rows(vectors, isa.registers))
+    outputs = usual_rows(height if storage == "blocks" else WORD, vectors, isa.registers)
+    return Config(vectors * isa.lanes, outputs)
 
 
 def dot_rows(block_m: int) -> int:

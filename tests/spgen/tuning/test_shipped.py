@@ -12,7 +12,7 @@ from spgen import reference, tuned
 from spgen.autotune.model_cpu import tile_rows
 from spgen.autotune.records import SHIPPED, Record, Records, files
 from spgen.autotune.work import Work, fits
-from spgen.autotune.workloads import Case
+from spgen.autotune.workloads import Case, ProductCase
 from spgen.backends.triton_compile import Variant, compile_variant, source_path, wants_tensor_maps
 from spgen.compile import compiled, default_config, lower
 from spgen.errors import DeviceError
@@ -26,15 +26,17 @@ from spgen.tuned import choice, request_for, toolchain
 from spgen.tuning.compilers import Compilers
 from spgen.tuning.fit import reported
 from spgen.tuning.measured import Place
+from spgen.tuning.product import TunedProduct
 from spgen.tuning.session import Tuned
 from spgen.tuning.subject import Subject
+from spgen.weights.compile import Sizes, config_of
 
 TARGETS = {"nvidia-h200-sm-90": "h200", "avx512-x86-64-v4": "cpu", "avx2-x86-64-v3": "cpu:avx2"}
 FILES = {path.stem: Records.load(path) for path in files([SHIPPED])}
 
 
-def records(stem: str) -> list[Record]:
-    return list(FILES[stem])
+def records(stem: str, operation: str = "attention") -> list[Record]:
+    return [record for record in FILES[stem] if record.key.operation == operation]
 
 
 def test_every_file_has_a_target() -> None:
@@ -43,12 +45,12 @@ def test_every_file_has_a_target() -> None:
 
 @pytest.mark.parametrize("stem", FILES)
 def test_records_are_finished_and_no_slower_than_the_default(stem: str) -> None:
-    for record in records(stem):
+    for record in FILES[stem]:
         assert record.effort
         assert record.gain >= 1
         assert (record.config == record.default) == (record.gain == 1)
         assert not record.trials[record.config].fault
-        if stem == "nvidia-h200-sm-90":
+        if stem == "nvidia-h200-sm-90" and record.facts:
             target = Target.of("h200")
             assert fits(record.config, Work.of(record.facts, record.config), target) is None
 
@@ -160,3 +162,26 @@ def test_cpu_records_agree_with_the_oracle(stem: str) -> None:
         wanted = reference.attention(call.q, call.k, call.v, mask)
         close = 1e-4 if case.dtype == "float32" else 2e-2
         torch.testing.assert_close(out.double(), wanted.double(), atol=close, rtol=close)
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize("stem", FILES)
+def test_products_that_were_tuned_use_their_records_and_are_right(stem: str) -> None:
+    target = Target.of(TARGETS[stem]) if runs_here(stem) else MEASURED_ON[stem]
+    for record in records(stem, "linear"):
+        case = ProductCase(**record.case)
+        with Compilers(1) as compilers:
+            small = replace(case, outputs=128, inputs=256)
+            problem = TunedProduct(small, Place(target, torch.device("cpu")), compilers)
+        sizes = Sizes(case.rows, case.outputs, case.inputs, record.bucket.width * case.outputs)
+        if record.toolchain == toolchain(target):
+            assert config_of(problem.request, sizes) == record.config, record.name
+        if runs_here(stem):
+            run, y = problem.launch(record.config)
+            run()
+            first, *others = (
+                problem.x @ (weight.dense() if case.form == "transposed" else weight.dense().T)
+                for weight in problem.weights
+            )
+            wanted = torch.nn.functional.silu(first) * others[0] if others else first
+            torch.testing.assert_close(y, wanted, atol=1e-3, rtol=1e-3)
