@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from spgen.backends.triton_compile import TRITON_TYPES, VECTOR
+from spgen.backends.triton_counters import arrivals
 from spgen.backends.triton_launch import Call, driver
 from spgen.backends.triton_program import Form, Program
+from spgen.ir.config import Config
 from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon import expanded
+from spgen.templates.gluon import expanded, two_of_four
 from spgen.templates.gluon.linear import WARPGROUPS
 from spgen.templates.gluon.two_of_four import ARRANGE, LINEAR
-from spgen.templates.triton.bits import sides
+from spgen.templates.triton.bits import padded, sides
 from spgen.weights.storage import Stored
 
+if TYPE_CHECKING:
+    from spgen.weights.compile import Request, Sizes
+
 _MANY_CALLS = 4096
+_LEAST_ROWS, _MOST_ROWS = 8, 256  # of x in a tile
+_PAIRED, _SHARED = 32, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
+# what sharing tiles costs, in steps of a program, and rows of x that cost another; a step of a program that is alone
+_SHARING, _SHARED_ROWS, _ALONE = 3, 8, 0.6
+
+
+def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config | None:
+    """For calls that are best expanded, on Hopper; None for others. Measured on an H200.
+
+    Two programs of one warpgroup share a multiprocessor while their sums leave room. Beyond 128 rows a library's
+    product, where the call has one, is faster.
+    """
+    if request.target.arch != "sm_90" or not 0 < sizes.m <= (_MOST_ROWS // 2 if has_library else _MOST_ROWS):
+        return None
+    rows = min(padded(sizes.m, _LEAST_ROWS), _MOST_ROWS // (1 + request.gated))
+    sums = rows * (1 + request.gated)
+    pair = sums <= _PAIRED and not request.scales and not request.gated
+    tile, slots = expanded.TILE * (2 - pair), request.target.cores * (1 + pair)
+    tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // expanded.STEP)
+    shared = steps * tiles / slots + (_SHARING + sums / _SHARED_ROWS)
+    splits = steps * (_ALONE if tiles <= slots / 2 else 1) > shared
+    if sizes.m <= two_of_four.DIRECT and not splits:
+        return None
+    if pair:
+        options = [f"{WARPGROUPS}=1", "shares=2", "stages=3", "together=2", "x_stages=4", "pair=1"]
+    else:
+        shares, stages = 2 if sums <= _SHARED else 1, 4 if request.scales else 3
+        options = [f"{WARPGROUPS}=2", f"shares={shares}", f"stages={stages}"]
+    return Config(rows, 128, (*options, f"{expanded.SPLITS}=1") if splits else tuple(options))
 
 
 def serves(kernel: Op, target: Target) -> bool:
@@ -41,7 +75,15 @@ def forms(kernel: Op) -> tuple[Form, ...]:
         boxes[name] = f"tensordesc<{element}[1, 1, {rows}, {columns}],{layout}>"
     return (
         Form(ARRANGE, expanded.parameters(kernel, ARRANGE), types, 1),
-        Form(LINEAR, expanded.parameters(kernel, LINEAR), types, 1, boxes=boxes, registers=expanded.cap(kernel)),
+        Form(
+            LINEAR,
+            expanded.parameters(kernel, LINEAR),
+            types,
+            1,
+            boxes=boxes,
+            registers=expanded.cap(kernel),
+            early=True,
+        ),
     )
 
 
@@ -61,7 +103,7 @@ class ExpandedProduct:
         m, k = x.shape
         steps = -(-k // expanded.STEP)
         arranged = x.new_empty(m, steps * expanded.STEP)
-        tensors = [arranged, *_stored(weights), *([] if bias is None else [bias]), y]
+        tensors = [arranged, *_stored(weights), *([] if bias is None else [bias]), y, *self._shared(x, y, steps)]
         pointers = [tensor.data_ptr() for tensor in tensors]
         key = (x.get_device(), m, k, y.shape[1])
         with self._lock:
@@ -91,8 +133,26 @@ class ExpandedProduct:
             shown.append((places[f"values_{side}"], _words(weight.values)))
             shown.append((places[f"bits_{side}"], _words(weight.index[0])))
         shown.append((places["arranged"], arranged[None, None]))
-        grid = -(-n // expanded.rows(self.kernel)) * -(-m // self.kernel["block_m"])
-        return self.program.map(LINEAR, shown, (n, steps, m), grid, draws=False)
+        return self.program.map(LINEAR, shown, (n, steps, m), self._programs(m, n, steps), draws=False)
+
+    def _programs(self, m: int, n: int, steps: int) -> int:
+        """One to a tile, or as many as fit the GPU, which share the tiles' steps."""
+        tiles = self._tiles(m, n)
+        if not option(self.kernel, expanded.SPLITS, 0):
+            return tiles
+        return min(self.program.target.cores * (1 + option(self.kernel, "pair", 0)), tiles * steps)
+
+    def _tiles(self, m: int, n: int) -> int:
+        return -(-n // expanded.rows(self.kernel)) * -(-m // int(self.kernel["block_m"]))
+
+    def _shared(self, x: Tensor, y: Tensor, steps: int) -> list[Tensor]:
+        """Where programs leave shares of sums, and counters, if they share tiles."""
+        if not option(self.kernel, expanded.SPLITS, 0):
+            return []
+        (m, n), rows = y.shape, expanded.rows(self.kernel)
+        cells = 2 * self._programs(m, n, steps) * len(sides(self.kernel)) * rows * int(self.kernel["block_m"])
+        counters = self._tiles(m, n) * rows // expanded.TILE * expanded.APART
+        return [x.new_empty(cells, dtype=torch.float32), arrivals(x, counters)]
 
 
 def _stored(weights: Sequence[Stored]) -> list[Tensor]:

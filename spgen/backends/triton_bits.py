@@ -3,27 +3,24 @@
 | option | meaning |
 |---|---|
 | `warps` | of a program |
-| `expand` | 1: few rows by tensor cores, values moved to their columns in registers |
 | `cores` | 1: few rows times 2:4 weights by sparse tensor cores, straight from the stored form |
 | `warps_n`, `steps` | of those: warps beside each other on rows of weights; chunks of columns on their way |
-| `ahead` | 1, of those: the next chunks are read before these are multiplied |
 | `warpgroups` | on Hopper: up to 256 rows times 2:4 weights that threads expand, 64 rows of them a warpgroup |
 | `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
 | `pair` | 1, of those: registers for two programs of one warpgroup and two shares to a multiprocessor |
+| `splits` | 1, of those: programs share the tiles' steps evenly, for weights of few rows |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |
 | `dense` | 1: the weight is unpacked first |
 
-Up to 8 rows of x are multiplied by tensor cores, and up to 64 if the storage is 2:4; without such cores, or in float32,
-up to 4 rows one by one. All other products unpack the weight, to a workspace [N, K] of x's dtype, and leave the rest to
-cuBLAS: tiles that were unpacked in shared memory for Triton's `dot` took three times as long, at any number of rows.
-Values of fewer bits are unpacked exactly and the sums scaled, but for transposed products, whose weights are rounded to
-x's dtype after scaling.
+Up to 4 rows of x are multiplied as weights come; up to 64, on Hopper up to 256, by tensor cores if the storage is 2:4.
+All other products unpack the weight, to a workspace [N, K] of x's dtype, and leave the rest to cuBLAS: tiles that were
+unpacked in shared memory for Triton's `dot` took three times as long, at any number of rows. Values of fewer bits are
+unpacked exactly and the sums scaled, but for transposed products, whose weights are rounded to x's dtype after scaling.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +36,9 @@ from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon import expanded, two_of_four
+from spgen.templates.gluon import two_of_four
 from spgen.templates.gluon.linear import WARPGROUPS
-from spgen.templates.triton import bits, expand
+from spgen.templates.triton import bits
 from spgen.templates.triton.bits import LINEAR, UNIT, UNPACK
 from spgen.weights.compile import FEW
 from spgen.weights.storage import Layout, Stored
@@ -51,10 +48,7 @@ if TYPE_CHECKING:
 
 VALUES = {**TRITON_TYPES, "int8": "i8", "int4": "u8"}
 _DENSE = Config(128, 128, ("dense=1",))
-_EXPANDED = range(17, 257)  # rows of x that are multiplied by expanded weights
-_PROGRAMS = 64  # of the form that expands weights, from which on it is worth its while
 _ONE_BY_ONE = 4  # rows of x that are multiplied as weights come
-_MOVED = 8  # likewise by tensor cores
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
@@ -75,7 +69,6 @@ class BitsProduct:
             kernel = _portable(kernel)
         self.kernel, self.target = kernel, target
         self._cores = bool(option(kernel, "cores", 0))
-        self._expands = bool(option(kernel, "expand", 0))
         self._unpacks = bits.entry_of(kernel) == UNPACK
         if self._cores:
             forms = [_cores_form(kernel, entry) for entry in two_of_four.entries(kernel)]
@@ -83,8 +76,6 @@ class BitsProduct:
         else:
             forms = [form(kernel, bits.entry_of(kernel))]
             template, symbols = "triton/bits.py.jinja", bits.symbols
-            if self._expands:
-                template, symbols = "triton/expand.py.jinja", expand.symbols
         self.program = Program(template, str(kernel), lambda: symbols(kernel), forms, target)
 
     def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
@@ -99,13 +90,10 @@ class BitsProduct:
             self._by_cores(x, weights, bias, y)
         elif self._unpacks:
             self._unpacked_first(x, weights, bias, y)
-        elif self._expands and not x.shape[1]:  # its loads run ahead of the question whether there are any columns
-            self._finish([torch.zeros_like(y, dtype=torch.float32) for _ in weights], bias, y)
         else:
             numbers = (y.shape[1], x.shape[1], _units(weights[0]), len(y), x.stride(0))
             grid = -(-y.shape[1] // self.kernel["block_n"])
-            stored = list(map(_by_words, weights)) if self._expands else weights
-            self.program.launch(LINEAR, _all(x, stored, bias, y), numbers, grid)
+            self.program.launch(LINEAR, _all(x, weights, bias, y), numbers, grid)
 
     def precompile(self) -> Mapping[str, int]:
         """Bring the binaries of aligned calls into the cache; what the product's takes."""
@@ -130,7 +118,7 @@ class BitsProduct:
         kernel, activation = self.kernel, self.kernel["activation"]
         matrices = [self.unpacked(weight, x) for weight in weights]
         sides = matrices if kernel["transposed"] else [matrix.t() for matrix in matrices]
-        scaled = kernel["scales"] and bits.serves(kernel["storage"], kernel["cols"]) and not kernel["transposed"]
+        scaled = kernel["scales"] and bits.serves(kernel) and not kernel["transposed"]
         if activation == "none" and len(sides) == 1 and not scaled:
             torch.mm(x, sides[0], out=y) if bias is None else torch.addmm(bias, x, sides[0], out=y)
             return
@@ -139,19 +127,15 @@ class BitsProduct:
             for one, weight in zip(sums, weights, strict=True):
                 assert weight.scales is not None
                 one *= weight.scales
-        self._finish(sums, bias, y)
-
-    def _finish(self, sums: Sequence[Tensor], bias: Tensor | None, y: Tensor) -> None:
-        """From float32 sums to y."""
         total, *others = sums
         if bias is not None:
             total += bias
-        total = _ACTIVATIONS[self.kernel["activation"]](total)
+        total = _ACTIVATIONS[activation](total)
         y.copy_(total * others[0] if others else total)
 
     def unpacked(self, weight: Stored, x: Tensor) -> Tensor:
         """The weight [N, K] in x's dtype; see the module's text for scales."""
-        if not bits.serves(self.kernel["storage"], self.kernel["cols"]):
+        if not bits.serves(self.kernel):
             return weight.dense().to(x.dtype)
         n, k = weight.shape
         units = _units(weight)
@@ -202,17 +186,13 @@ def form(kernel: Op, entry: str) -> Form:
 def _cores_form(kernel: Op, entry: str) -> Form:
     types = {"data": f"*{TRITON_TYPES[kernel['dtype']]}"}
     warps = option(kernel, "warps", 4) if entry == LINEAR else 4
-    return Form(entry, two_of_four.parameters(kernel, entry), types, 1, warps)
+    early = entry == LINEAR and not two_of_four.is_direct(kernel)
+    return Form(entry, two_of_four.parameters(kernel, entry), types, 1, warps, early=early)
 
 
 def _in_words(x: Tensor) -> bool:
     """Whether each pair of x's columns is a word of 32 bits."""
     return x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
-
-
-def _by_words(weight: Stored) -> Stored:
-    """The weight with values that begin at a word of 32 bits."""
-    return weight if weight.values.data_ptr() % 4 == 0 else replace(weight, values=weight.values.clone())
 
 
 def _all(x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> list[Tensor]:
@@ -234,32 +214,17 @@ def _units(weight: Stored) -> int:
 
 def default_config(request: Request, sizes: Sizes) -> Config:
     """Always a legal choice."""
-    if _expands(request, sizes):
-        return _expanded_config(request, sizes.m)
-    if sizes.height == "few" and _has_cores(request, sizes):
-        return _cores_config(max(sizes.m, 1))
+    if _has_cores(request, sizes):
+        expanded = gluon_bits.default_config(request, sizes, cusparselt.serves(request, sizes))
+        if expanded is not None:
+            return expanded
+        if sizes.height == "few":
+            return _cores_config(max(sizes.m, 1))
     if sizes.height == "many" and cusparselt.serves(request, sizes):
         return Config(128, 128, ("cusparselt=1",))
-    if sizes.m <= _MOVED and _moves(request):
-        return _expanding_config(bits.padded(max(sizes.m, 1)), request.gated)
     if sizes.m > _ONE_BY_ONE:
         return _DENSE
     return Config(bits.padded(max(sizes.m, 1)), 4 if request.gated or sizes.m > 2 else 8, ("warps=4",))
-
-
-def _expands(request: Request, sizes: Sizes) -> bool:
-    """Whether a call's weights are expanded in registers: on Hopper, with weights for enough programs."""
-    programs = sizes.n // (2 * expanded.TILE)
-    wide = sizes.m in _EXPANDED and programs >= _PROGRAMS and request.target.arch == "sm_90"
-    return wide and _has_cores(request, sizes)
-
-
-def _expanded_config(request: Request, m: int) -> Config:
-    """Expected, not measured: 128 rows of weights to a program; more warps where their sums leave room for them."""
-    rows = min(bits.padded(m, two_of_four.ROWS), 128 if request.gated else 256)
-    shares = 2 if rows * (1 + request.gated) <= 64 else 1
-    stages = 4 if request.scales else 3
-    return Config(rows, 128, ("warpgroups=2", f"shares={shares}", f"stages={stages}"))
 
 
 def _has_cores(request: Request, sizes: Sizes) -> bool:
@@ -270,20 +235,6 @@ def _has_cores(request: Request, sizes: Sizes) -> bool:
     if not stored or request.transposed or sizes.k % 2 or request.target.kind != "cuda" or triton_interpreted():
         return False
     return int(request.target.arch.removeprefix("sm_")) >= (90 if request.scales else 80)
-
-
-def _moves(request: Request) -> bool:
-    """Whether tensor cores take a call of few rows; Triton's interpreter spells out what they do."""
-    layout, target = request.layout, request.target
-    stored = expand.serves(request.dtype, layout.kind, layout.rows, layout.cols)
-    if not stored or request.transposed or not (request.scales or request.values == request.dtype):
-        return False
-    return target.kind == "cuda" and int(target.arch.removeprefix("sm_")) >= 80
-
-
-def _expanding_config(rows: int, gated: bool) -> Config:
-    """Four rows of weights: enough loads are on their way at once, and registers leave room for many programs."""
-    return Config(rows, 2 if gated else 4, ("expand=1", "warps=2"))
 
 
 def _cores_config(m: int) -> Config:

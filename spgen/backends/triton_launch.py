@@ -36,6 +36,7 @@ _PROMOTE_L2 = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _REPLACE = "cuTensorMapReplaceAddress"
 _LAUNCH = "cuLaunchKernelEx"
 MAX_GRID = 2**31 - 1
+_EARLY_ATTRIBUTE = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _Sizes, _Steps, _Extent = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
 _EVERY = _Extent(1, 1, 1, 1)
@@ -50,6 +51,15 @@ class _Config(ctypes.Structure):
         ("shared", ctypes.c_uint),
         ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("n_attributes", ctypes.c_uint),
     )  # fmt: skip
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute, of which a number is the value."""
+
+    _fields_ = (("id", ctypes.c_uint), ("_pad", ctypes.c_uint), ("value", ctypes.c_uint64 * 8))
+
+
+_EARLY = _Attribute(_EARLY_ATTRIBUTE, 0, (ctypes.c_uint64 * 8)(1))
 
 
 class Box:
@@ -194,11 +204,12 @@ class Function(NamedTuple):
 class Call:
     """What all calls of the same shapes and strides share: the grid, the arguments that follow from them, the maps.
 
-    With `counter`, a function of the stream, its word is the last argument that changes. Any thread may call.
+    With `counter`, a function of the stream, its word is the last argument that changes. An `early` kernel may begin
+    before the one in front of it has ended, and waits for it itself. Any thread may call.
     """
 
     def __init__(self, function: Function, grid: int, fixed: Sequence[int], maps: Sequence[TensorMap] = (),
-                 counter: Callable[[int], int] | None = None) -> None:  # fmt: skip
+                 counter: Callable[[int], int] | None = None, early: bool = False) -> None:  # fmt: skip
         self._lock = threading.Lock()
         self._grid, self._maps, self._counter = grid, maps, counter
         self._device = function.device
@@ -209,6 +220,8 @@ class Call:
         places = list(_addresses(function.kinds, self._slots, maps, function.scratch))
         addresses = (ctypes.c_void_p * len(places))(*places)
         self._config = _Config(grid, 1, 1, function.threads, 1, 1, function.shared, None, None, 0)
+        if early:
+            self._config.attributes, self._config.n_attributes = ctypes.addressof(_EARLY), 1
         self._arguments = ctypes.byref(self._config), ctypes.c_void_p(function.handle), addresses, None
         self._launch = driver().launch
 

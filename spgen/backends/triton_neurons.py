@@ -35,6 +35,7 @@ from spgen.templates.triton.neurons import FLAGS, MULTIPLY
 
 _COMPACT = (4096, 1024)  # neurons that a program counts at once, and lists
 _UNION = 256
+_LINE = 512  # bytes of a row in a step
 _WARPS_OF_LISTS = 8
 
 
@@ -60,15 +61,15 @@ def compact(
     limit = [threshold.to(torch.float32)] if isinstance(threshold, Tensor) else []
     bits = [] if isinstance(threshold, Tensor) else [struct.unpack("<i", struct.pack("<f", threshold))[0]]
     chunk, block = _COMPACT
-    rows, numbers = min(rows_per_list, m), (f, m, scores.stride(0), *bits)
+    rows, after = min(rows_per_list, m), (scores.stride(0), *bits)
     grid = n_lists * -(-f // block)
     if rows < MULTIPLY:
         one = program_of(_kernel(scores, "compact", rows, block_a=chunk, block_n=block, **common), _target(scores))
-        one.launch("compact", [scores, index, count, *limit], numbers, grid)
+        one.launch("compact", [scores, index, count, *limit], (f, m, *after), grid)
         return index, count
     flags = torch.empty(n_lists, f, dtype=torch.uint8, device=scores.device)
-    union = program_of(_kernel(scores, "union", rows, block_n=_UNION, **common), _target(scores))
-    union.launch("union", [scores, flags, *limit], numbers, n_lists * -(-f // _UNION))
+    union = program_of(_kernel(scores, "union", MULTIPLY, block_n=_UNION, **common), _target(scores))
+    union.launch("union", [scores, flags, *limit], (f, m, rows, *after), n_lists * -(-f // _UNION))
     one = program_of(_kernel(flags, "compact", 1, block_a=chunk, block_n=block), _target(scores))
     one.launch("compact", [flags, index, count], (f, n_lists), grid)
     return index, count
@@ -100,18 +101,20 @@ def up(
         if gate.shape != (m, f) or gate.dtype != x.dtype or bias is not None:
             raise ShapeError("gate", given=f"shape {list(gate.shape)}", allowed=f"[{m}, {f}] of x's dtype, no bias")
     h = torch.empty(m, f, dtype=x.dtype, device=x.device)
-    rows = min(rows_per_list, m)
-    target, config = _target(x), up_config(x, rows)
+    rows, sizes, tiles = _tiles(m, f, rows_per_list)
+    target = _target(x)
+    config = up_config(target, x, rows)
     kernel = _kernel(
         x, "up", rows, gated=gate is not None, bias=bias is not None, activation=activation,
         block_a=config.block_m, block_n=config.block_n, options=config.options,
     )  # fmt: skip
     resident = config.option("resident", 1) * max(target.cores, 1)
-    programs = max(min(-(-f // config.block_m), resident // max(len(count), 1)), 1)
+    programs = max(min(-(-f // config.block_m), resident // max(len(count) * tiles, 1)), 1)
     given = [one for one in (gate, bias) if one is not None]
-    numbers = (programs, f, m, k, x.stride(0), *([] if gate is None else [gate.stride(0)]))
+    numbers = (programs, *sizes, k, x.stride(0), *([] if gate is None else [gate.stride(0)]))
     if h.numel():
-        program_of(kernel, target).launch("up", [x, w_up, index, count, *given, h], numbers, programs * len(count))
+        grid = programs * len(count) * tiles
+        program_of(kernel, target).launch("up", [x, w_up, index, count, *given, h], numbers, grid)
     return h
 
 
@@ -136,33 +139,42 @@ def down(
     y = torch.empty(m, d, dtype=h.dtype, device=h.device)
     if not y.numel():
         return y
-    rows = min(rows_per_list, m)
-    target, config = _target(h), down_config(rows)
+    rows, sizes, row_tiles = _tiles(m, f, rows_per_list)
+    target, config = _target(h), down_config(h, rows)
     kernel = _kernel(
         h, "down", rows, bias=bias is not None, gathered=not compacted, block_a=config.block_m,
         block_n=config.block_n, options=config.options,
     )  # fmt: skip
-    tiles = len(count) * -(-d // config.block_n)
+    tiles = len(count) * row_tiles * -(-d // config.block_n)
     resident = config.option("resident", 1) * max(target.cores, 1)
     splits = max(min(resident // tiles, config.option("splits"), -(-f // config.block_m)), 1)
-    cells = config.block_n * (neurons.lanes(kernel) if neurons.multiplies(kernel) else rows)
-    parts = h.new_empty(tiles * splits * cells if splits > 1 else 1, dtype=torch.float32)
+    parts = h.new_empty(tiles * splits * config.block_n * rows if splits > 1 else 1, dtype=torch.float32)
     tensors = [h, w_down_t, index, count, *([] if bias is None else [bias]), y, parts, arrivals(h, 32 * tiles)]
-    program_of(kernel, target).launch("down", tensors, (splits, f, m, d, h.stride(0)), tiles * splits)
+    program_of(kernel, target).launch("down", tensors, (splits, *sizes, d, h.stride(0)), tiles * splits)
     return y
 
 
-def up_config(x: Tensor, rows: int) -> Config:
+def _tiles(m: int, f: int, rows_per_list: int) -> tuple[int, tuple[int, ...], int]:
+    """Rows of a tile, the sizes that kernels ask for, and how many tiles share a list."""
+    shared = min(rows_per_list, m)
+    rows = neurons.tile_of(shared)
+    tiles = -(-shared // max(rows, 1))
+    return rows, (f, m, tiles, shared) if rows >= MULTIPLY else (f, m), tiles
+
+
+def up_config(target: Target, x: Tensor, rows: int) -> Config:
     """Active neurons by columns of a step; `resident` programs for each multiprocessor."""
     if rows >= MULTIPLY:
-        return Config(16, 256, ("warps=2" if rows <= 16 else "warps=4", "stages=4", "resident=4"))
+        stages = min(1 + target.smem_bytes // (_LINE * (16 + rows)), 4)
+        warps = 2 if rows <= 16 else 4
+        return Config(16, _LINE // x.element_size(), (f"warps={warps}", f"stages={stages}", "resident=4"))
     return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
 
 
-def down_config(rows: int) -> Config:
+def down_config(h: Tensor, rows: int) -> Config:
     """Likewise; `splits` is the largest number of programs that share a list's neurons."""
     if rows >= MULTIPLY:
-        return Config(128, 64, ("warps=4", "stages=2", "resident=4", "splits=4"))
+        return Config(256 // h.element_size(), 64, ("warps=4", "stages=2", "resident=4", "splits=4"))
     return Config(max(64 // padded(rows), 16), 128, ("warps=4", "resident=4", "splits=16"))
 
 

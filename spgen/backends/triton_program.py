@@ -27,6 +27,7 @@ from spgen.target import Target
 from spgen.templates.triton.attention import Parameter
 
 _MANY_CALLS = 4096
+_EARLY_FROM = 90  # compute capability that lets kernels begin before others end
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Form:
     Kinds of parameters are Triton's types, or names of `types` for pointers, or "step" and "size": int64 and int32
     that are multiples of `vector` in the aligned variant, in which all tensors lie at multiples of 16 bytes. `boxes`
     are the types of parameters that are tensor descriptors, which stand between tensors and numbers. `registers` caps
-    those of a thread (0: what fits), so that several programs fit a multiprocessor.
+    those of a thread (0: what fits), so that several programs fit a multiprocessor. An `early` function may be launched
+    before what precedes it in its stream has ended, on GPUs that can: of templates that wait for it if `early` is set.
     """
 
     entry: str
@@ -47,6 +49,7 @@ class Form:
     stages: int = 1
     boxes: Mapping[str, str] = field(default_factory=dict)
     registers: int = 0
+    early: bool = False
 
     def type_of(self, parameter: Parameter) -> str:
         """Triton's type of a parameter."""
@@ -74,10 +77,14 @@ class Program:
     def __init__(
         self, template: str, text: str, symbols: Callable[[], Mapping[str, Any]], forms: Sequence[Form], target: Target
     ) -> None:
-        self.text, self.target = text, target
-        self._template, self._symbols = template, symbols
+        self.target = target
         self.forms = {form.entry: form for form in forms}
         self._portable = target.kind != "cuda" or triton_interpreted()
+        self._early = not self._portable and int(target.arch.removeprefix("sm_")) >= _EARLY_FROM
+        self._early &= any(form.early for form in forms)
+        self.text, self._template, self._symbols = text, template, symbols
+        if self._early:
+            self.text, self._symbols = f"{text}, early", lambda: {**symbols(), "early": True}
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._functions: dict[tuple[Any, ...], Function] = {}
         self._module: ModuleType | None = None
@@ -108,7 +115,8 @@ class Program:
             if len(self._calls) >= _MANY_CALLS:
                 self._calls.clear()
             aligned = self.forms[entry].allows(pointers, numbers)
-            self._calls[key] = Call(self._function(entry, aligned, device), grid, numbers)
+            early = self._early and self.forms[entry].early
+            self._calls[key] = Call(self._function(entry, aligned, device), grid, numbers, early=early)
             return self._calls[key]
 
     def map(
@@ -134,7 +142,7 @@ class Program:
         with self._lock:
             function = self._function(entry, True, device)
         if not draws:
-            return Call(function, grid, numbers, maps)
+            return Call(function, grid, numbers, maps, early=self._early and self.forms[entry].early)
         return Call(function, min(grid, self.target.cores), numbers, maps, counters(device).of)
 
     def _function(self, entry: str, aligned: bool, device: int) -> Function:

@@ -19,6 +19,8 @@ from spgen.templates.triton.bits import halvings, sides
 ENTRIES = (ARRANGE, LINEAR)
 TILE = 64  # rows of weights that a warpgroup multiplies
 STEP = 256  # columns
+SPLITS = "splits"  # the option by which programs share tiles
+APART = 32  # counters, a line of the cache
 ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
 _BOX = 32  # words of a row that lie side by side in shared memory
 _X_BYTES = 64 * 2**10  # of shared memory for x
@@ -87,6 +89,8 @@ def _parameters(kernel: Op, entry: str) -> Iterator[tuple[str, str]]:
     if kernel["bias"]:
         yield "bias", "data"
     yield "y", "data"
+    if option(kernel, SPLITS, 0):
+        yield from (("parts", "*fp32"), ("arrived", "*i32"))
     yield from ((name, "desc") for name in shown(kernel))
     yield from (("n", "i32"), ("steps", "i32"), ("m", "i32"))
 
@@ -118,4 +122,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         if option(kernel, "pair", 0)
         else _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
         "halvings": halvings,
+        "early": False,
+        "splits": option(kernel, SPLITS, 0),
+        "apart": APART,
     }

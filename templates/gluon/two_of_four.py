@@ -62,17 +62,6 @@ def shape(kernel: Op) -> tuple[int, int, int]:
     return kernel["block_n"] // (TILE * warps_n), warps_n, option(kernel, "warps", 4) // warps_n
 
 
-def loaded(kernel: Op) -> list[str]:
-    """The names of what a warp reads for a turn of the loop."""
-    names = []
-    for step in range(option(kernel, "steps", 4)):
-        parts = [(side, row, half) for side in sides(kernel) for row in range(shape(kernel)[0]) for half in (0, 1)]
-        names += [f"{name}_{step}_{side}_{row}_{half}" for side, row, half in parts for name in ("values", "bits")]
-        for tile in range(tiles(kernel)):
-            names += [f"b_{step}_{tile}_{i}" for i in range(8)] if is_direct(kernel) else [f"x_{step}_{tile}"]
-    return names
-
-
 def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of two_of_four.py.jinja; its head comment says what they are."""
     row_tiles, warps_n, warps_k = shape(kernel)
@@ -93,7 +82,6 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "warps_n": warps_n,
         "warps_k": warps_k,
         "steps": option(kernel, "steps", 4),
-        "ahead": option(kernel, "ahead", 0),
-        "loaded": loaded(kernel),
         "halvings": halvings,
+        "early": False,
     }

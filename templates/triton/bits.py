@@ -24,15 +24,15 @@ def padded(count: int, least: int = 1) -> int:
     return max(1 << (count - 1).bit_length(), least)
 
 
-def serves(storage: str, cols: int) -> bool:
+def serves(kernel: Op) -> bool:
     """Whether the template reads this storage: groups of a power of two columns up to 64, and bitmaps."""
-    return storage == "bitmap" or (storage == "n_of_m" and cols in _WIDTHS)
+    return kernel["storage"] == "bitmap" or (kernel["storage"] == "n_of_m" and kernel["cols"] in _WIDTHS)
 
 
 def entry_of(kernel: Op) -> str:
     """The one function of the rendered module, as products of many rows have tiles that `linear` must not take."""
     unpacks = kernel["transposed"] or option(kernel, "dense", 0) or option(kernel, "cusparselt", 0)
-    return UNPACK if unpacks or not serves(kernel["storage"], kernel["cols"]) else LINEAR
+    return UNPACK if unpacks or not serves(kernel) else LINEAR
 
 
 def is_scaled(kernel: Op) -> bool:

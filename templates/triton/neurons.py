@@ -14,12 +14,13 @@ from spgen.templates.triton.attention import SMALLEST_TILE, Parameter
 from spgen.templates.triton.bits import padded
 
 MULTIPLY = 5  # rows to a list from which matrix units are used
+LARGEST_TILE = 64  # rows of a tile
 PARTS = 16  # shares whose sums are added up at once
 FLAGS = "uint8"  # the dtype of scores that say no more than active or not
 
 
 def multiplies(kernel: Op) -> bool:
-    """Whether matrix units are used; else rows of x are multiplied one by one."""
+    """Whether matrix units are used, on tiles of rows; else rows of x are multiplied one by one."""
     return int(kernel["rows"]) >= MULTIPLY
 
 
@@ -40,6 +41,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         if not flags and not kernel["known"]:
             yield "threshold", "*fp32"
         yield from (("f", "size"), ("m", "i32"))
+        if part == "union":
+            yield "shared", "i32"
         if not flags:
             yield "scores_m", "step"
             if kernel["known"]:
@@ -52,17 +55,23 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
         yield "bias", "data"
     if part == "up":
         yield "h", "data"
-        yield from (("n_programs", "i32"), ("f", "size"), ("m", "i32"), ("k", "size"), ("x_m", "step"))
+        yield from (("n_programs", "i32"), *_sizes(kernel), ("k", "size"), ("x_m", "step"))
         if kernel["gated"]:
             yield "gate_m", "step"
     else:
         yield from (("y", "data"), ("parts", "*fp32"), ("arrived", "*i32"))
-        yield from (("splits", "i32"), ("f", "size"), ("m", "i32"), ("d", "size"), ("h_m", "step"))
+        yield from (("splits", "i32"), *_sizes(kernel), ("d", "size"), ("h_m", "step"))
 
 
-def lanes(kernel: Op) -> int:
-    """Rows of a tile of the matrix units, where they are used."""
-    return padded(kernel["rows"], SMALLEST_TILE)
+def _sizes(kernel: Op) -> Iterator[tuple[str, str]]:
+    yield from (("f", "size"), ("m", "i32"))
+    if multiplies(kernel):
+        yield from (("tiles", "i32"), ("shared", "i32"))
+
+
+def tile_of(rows: int) -> int:
+    """Rows of x that a program takes, of `rows` that share a list."""
+    return rows if rows < MULTIPLY else min(padded(rows, SMALLEST_TILE), LARGEST_TILE)
 
 
 def symbols(kernel: Op) -> Mapping[str, Any]:
@@ -75,7 +84,6 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "flags": kernel["dtype"] == FLAGS,
         "activation": kernel["activation"],
         "multiplies": multiplies(kernel),
-        "lanes": lanes(kernel),
         "block_a": kernel["block_a"],
         "block_n": kernel["block_n"],
         "precision": ', input_precision="ieee"' if kernel["dtype"] == "float32" else "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +10,6 @@ import torch
 import spgen as sp
 from spgen.backends import cusparselt
 from spgen.backends.gluon_bits import ExpandedProduct
-from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.ir.config import Config
 from spgen.target import Target
@@ -19,7 +17,6 @@ from spgen.weights import ops
 from spgen.weights.compile import Request, ResultKernel, Sizes, config_of, kernel_of
 from spgen.weights.storage import Layout
 from tests.interpreted import run_interpreted
-from tests.sass import disassembled
 
 SMALL = Sizes(1, 64, 64, 9)
 TARGETS = ("sm_80", "sm_90", "gfx942")
@@ -36,9 +33,8 @@ def built(request: Request, sizes: Sizes) -> BitsProduct:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
     ("layout", "m"),
-    [("n_of_m(2, 4)", 1), ("n_of_m(2, 4)", 16), ("n_of_m(4, 8)", 4), ("n_of_m(1, 2)", 2),
-     ("bitmap()", 1), ("bitmap()", 8), ("bitmap()", 512)],
-)  # fmt: skip
+    [("n_of_m(2, 4)", 1), ("n_of_m(2, 4)", 16), ("n_of_m(4, 8)", 4), ("bitmap()", 1), ("bitmap()", 512)],
+)
 def test_compiles_ahead_of_time(target: str, m: int, layout: str) -> None:
     request = Request(
         "bfloat16", Layout.read(layout), "bfloat16", False, Target.of(target), bias=True, activation="silu"
@@ -64,21 +60,23 @@ def test_quantised_values_compile(target: str, values: str, m: int) -> None:
 
 @pytest.mark.parametrize(
     ("target", "values", "m", "cores"),
-    [("sm_90", "bfloat16", 8, 1), ("sm_80", "bfloat16", 8, 1), ("sm_90", "int4", 8, 1), ("sm_80", "int4", 8, 0),
+    [("sm_90", "bfloat16", 1, 1), ("sm_80", "bfloat16", 8, 1), ("sm_90", "int4", 1, 1), ("sm_80", "int4", 8, 0),
      ("gfx942", "bfloat16", 8, 0), ("sm_90", "bfloat16", 512, 0)],
 )  # fmt: skip
 def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, cores: int) -> None:
     scales = values == "int4"
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of(target))
-    assert config_of(request, Sizes(m, 1024, 1024, 100)).option("cores") == cores
-    assert config_of(request, Sizes(m, 1024, 1023, 100)).option("cores") == 0
+    assert config_of(request, Sizes(m, 14336, 1024, 100)).option("cores") == cores
+    assert config_of(request, Sizes(m, 14336, 1023, 100)).option("cores") == 0
 
 
 @pytest.mark.parametrize(
     ("m", "values", "gated", "options"),
     [(64, "bfloat16", False, ("shares=2", "stages=2")), (256, "bfloat16", False, ("stages=2",)),
      (128, "float8_e4m3fn", True, ("stages=3",)), (8, "int4", False, ("shares=2", "together=2")),
-     (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "pair=1"))],
+     (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "pair=1")),
+     (64, "bfloat16", False, ("shares=2", "splits=1")), (16, "int4", True, ("shares=1", "splits=1")),
+     (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "pair=1", "splits=1"))],
 )  # fmt: skip
 def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tuple[str, ...]) -> None:
     scales = values != "bfloat16"
@@ -94,68 +92,21 @@ def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tup
 
 def test_where_weights_are_expanded() -> None:
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
-    assert config_of(request, Sizes(64, 14336, 4096, 2048)).option("warpgroups") == 2
-    for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 1024, 4096), (64, 14336, 4095)):
+    for m, n, k, splits in ((64, 14336, 4096, 0), (3, 14336, 4096, 0), (64, 4096, 14336, 1), (1, 4096, 14336, 1)):
+        config = config_of(request, Sizes(m, n, k, 2048))
+        assert config.option("warpgroups") == (1 if m < 64 else 2)
+        assert config.option("splits") == splits
+    for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095)):
         assert config_of(request, Sizes(m, n, k, 2048)).option("warpgroups") == 0
     ampere = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_80"))
     asked = kernel_of(ampere, Sizes(64, 14336, 4096, 2048), Config(64, 128, ("warpgroups=2",)))
     assert BitsProduct(asked, ampere.target).kernel["options"][0] == "cores=1"
 
 
-@pytest.mark.parametrize("m", [1, 8])
-def test_loads_ahead_compile(m: int) -> None:
-    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "int4", True, Target.of("sm_90"))
-    options = ("cores=1", "warps=4", "steps=2", "ahead=1")
-    kernel = BitsProduct(kernel_of(request, Sizes(m, 1024, 1024, 100), Config(m, 16, options)), request.target)
-    assert not kernel.program.binary("linear").resources["spilled"]
-
-
 def test_sparse_products_are_in_the_binary() -> None:
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
     kernel = built(request, Sizes(1, 1024, 1024, 100))
     assert "mma.sp::ordered_metadata" in kernel.program.path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("values", ["bfloat16", "int8"])
-@pytest.mark.parametrize("layout", ["bitmap()", "n_of_m(4, 8)"])
-def test_values_reach_tensor_cores_through_registers(layout: str, values: str) -> None:
-    """No shared memory, and no exchange between threads, before the sums are done."""
-    request = Request("bfloat16", Layout.read(layout), values, values == "int8", Target.of("sm_90"))
-    names = [
-        one.name.partition(".")[0]
-        for one in disassembled(built(request, Sizes(1, 64, 4096, 9)).program.binary("linear").code)
-    ]
-    last = max(number for number, name in enumerate(names) if name == "HMMA")
-    assert not {"LDS", "STS", "BAR", "SHFL", "LDL", "STL"} & set(names[:last])
-
-
-@pytest.mark.parametrize("warps", [1, 4])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_threads_hold_what_their_numbers_say(warps: int, aligned: bool) -> None:
-    """A matrix product takes its operands from the threads of a warp: element i must be thread i's, and alone there."""
-    request = Request("bfloat16", Layout.read("bitmap()"), "bfloat16", False, Target.of("sm_90"))
-    config = Config(2, 2, ("expand=1", f"warps={warps}"))
-    program = BitsProduct(kernel_of(request, Sizes(2, 64, 4096, 9), config), request.target).program
-    text = compile_ahead(program.specialised("linear", aligned), request.target).asm["ttgir"]
-    products = [line for line in text.splitlines() if "mma.sync" in line]
-    assert products
-    (layout,) = {name for line in products for name in re.findall(r"tensor<\d+xf32, (#\w+)>", line)}
-    wanted = f"sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{warps}]"
-    assert f"{layout} = #ttg.blocked<{{{wanted}" in text
-
-
-@pytest.mark.parametrize(
-    ("target", "dtype", "layout", "m", "expand"),
-    [("sm_90", "bfloat16", "bitmap()", 8, 1), ("sm_80", "float16", "n_of_m(4, 8)", 1, 1),
-     ("sm_90", "bfloat16", "bitmap()", 9, 0), ("sm_90", "float32", "bitmap()", 1, 0),
-     ("sm_75", "float16", "bitmap()", 1, 0), ("gfx942", "bfloat16", "bitmap()", 1, 0),
-     ("sm_90", "bfloat16", "n_of_m(2, 6)", 1, 0), ("sm_90", "bfloat16", "n_of_m(2, 2)", 1, 0)],
-)  # fmt: skip
-def test_where_tensor_cores_are_used(target: str, dtype: str, layout: str, m: int, expand: int) -> None:
-    request = Request(dtype, Layout.read(layout), dtype, False, Target.of(target))
-    assert config_of(request, Sizes(m, 1024, 1024, 100)).option("expand") == expand
-    transposed = Request(dtype, Layout.read(layout), dtype, False, Target.of(target), transposed=True)
-    assert config_of(transposed, Sizes(m, 1024, 1024, 100)).option("expand") == 0
 
 
 def test_cusparselt_is_refused_without_a_gpu_or_where_it_does_not_fit() -> None:

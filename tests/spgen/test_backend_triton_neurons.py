@@ -24,14 +24,18 @@ def test_in_the_interpreter() -> None:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize(
-    ("part", "rows"), [("union", 16), ("compact", 1), ("up", 1), ("up", 16), ("down", 2), ("down", 16)]
+    ("part", "rows"), [("union", 16), ("compact", 1), ("up", 1), ("up", 16), ("up", 64), ("down", 2), ("down", 64)]
 )
-def test_compiles_ahead_of_time(target: str, part: str, rows: int) -> None:
-    x = torch.empty(1, 1, dtype=torch.bfloat16)
-    config = {"up": triton_neurons.up_config(x, rows), "down": triton_neurons.down_config(rows)}.get(part)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiles_ahead_of_time(target: str, part: str, rows: int, dtype: str) -> None:
+    x = torch.empty(1, 1, dtype=getattr(torch, dtype))
+    config = {
+        "up": triton_neurons.up_config(Target.of(target), x, rows),
+        "down": triton_neurons.down_config(x, rows),
+    }.get(part)
     tile = (1024, 1024, ("warps=8",)) if config is None else (config.block_m, config.block_n, config.options)
     options = dict(zip(("block_a", "block_n", "options"), tile, strict=True))
-    kernel = KERNEL.make("neurons", part=part, rows=rows, **ATTRIBUTES, **options)
+    kernel = KERNEL.make("neurons", part=part, rows=rows, **{**ATTRIBUTES, "dtype": dtype}, **options)
     binary = program_of(kernel, Target.of(target)).binary(part)
     assert binary.code
     assert not binary.resources["spilled"]

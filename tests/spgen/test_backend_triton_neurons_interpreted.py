@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not triton_interpreted(), reason="needs TRITON_I
 @st.composite
 def calls(draw: st.DrawFn) -> Neurons:
     return Neurons(
-        draw(st.sampled_from((1, 2, 7, 33))), draw(st.sampled_from((1, 2, 4, 9, 16, 64))), draw(st.integers(1, 200)),
+        draw(st.sampled_from((1, 2, 7, 33, 75))), draw(st.sampled_from((1, 2, 4, 16, 70))), draw(st.integers(1, 200)),
         draw(st.integers(1, 80)), draw(st.integers(1, 150)), draw(st.sampled_from(("float32", "float16"))),
         draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))),
         draw(st.sampled_from((0.0, 0.7, 2.0, 9.0))), draw(st.booleans()), draw(st.integers(0, 99)),
@@ -34,7 +34,7 @@ def test_calls(call: Neurons) -> None:
     check(call)
 
 
-@pytest.mark.parametrize(("m", "rows"), [(1, 1), (3, 1), (9, 4), (20, 16), (64, 64)])
+@pytest.mark.parametrize(("m", "rows"), [(1, 1), (3, 1), (9, 4), (20, 16), (64, 64), (150, 100), (200, 200)])
 def test_lists(m: int, rows: int) -> None:
     check(Neurons(m, rows, 1300, 33, 70, positive=rows == 4, bias=True))
 
