@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 _MANY_CALLS = 4096
 _LEAST_ROWS, _MOST_ROWS = 8, 256  # of x in a tile
 _PAIRED, _SHARED = 32, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
-# what sharing tiles costs, in steps of a program, and rows of x that cost another; a step of a program that is alone
+# what sharing tiles costs, in steps of a program; rows of x that cost another; a step of one of a pair that is alone
 _SHARING, _SHARED_ROWS, _ALONE = 3, 8, 0.6
+_NARROW = 32  # rows of weights to a multiprocessor, too few for `mma.sp` on one row of x
 
 
 def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config | None:
@@ -47,9 +48,9 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
     pair = sums <= _PAIRED and not request.scales and not request.gated
     tile, slots = expanded.TILE * (2 - pair), request.target.cores * (1 + pair)
     tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // expanded.STEP)
-    shared = steps * tiles / slots + (_SHARING + sums / _SHARED_ROWS)
-    splits = steps * (_ALONE if tiles <= slots / 2 else 1) > shared
-    if sizes.m <= two_of_four.DIRECT and not splits:
+    alone = _ALONE if pair and tiles <= slots // 2 else 1
+    splits = steps * -(-tiles // slots) * alone > steps * tiles / slots + _SHARING + sums / _SHARED_ROWS
+    if sizes.m <= two_of_four.DIRECT and not (splits and sizes.n <= _NARROW * request.target.cores):
         return None
     if pair:
         options = [f"{WARPGROUPS}=1", "shares=2", "stages=3", "together=2", "x_stages=4", "pair=1"]

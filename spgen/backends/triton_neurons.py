@@ -166,7 +166,7 @@ def up_config(target: Target, x: Tensor, rows: int) -> Config:
     """Active neurons by columns of a step; `resident` programs for each multiprocessor."""
     if rows >= MULTIPLY:
         stages = min(1 + target.smem_bytes // (_LINE * (16 + rows)), 4)
-        warps = 2 if rows <= 16 else 4
+        warps = 2 if rows <= 16 else 4 if rows <= 32 else 8
         return Config(16, _LINE // x.element_size(), (f"warps={warps}", f"stages={stages}", "resident=4"))
     return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
 
