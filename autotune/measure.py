@@ -15,7 +15,9 @@ from typing import Any, TypeAlias
 Call: TypeAlias = Callable[[], Any]
 Timer: TypeAlias = Callable[[Call], float]
 
-_FLUSHED = 2  # a buffer of so many L2 caches is written between two calls
+# A buffer of so many L2 caches is read between two calls: what was written would be on its way to memory during a call.
+# It takes longer than the host needs to launch what follows.
+_FLUSHED = 4
 _FEW = 5  # readings, whose quartiles say little
 _MOST = 1000  # calls behind one reading
 
@@ -85,7 +87,7 @@ def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 
     def timer(call: Call) -> float:
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
-            flushed = torch.empty(_flush_bytes(index) // 4, dtype=torch.int32, device=f"cuda:{index}")
+            flushed = torch.zeros(_flush_bytes(index) // 4, device=f"cuda:{index}")
             estimate = statistics.median(_events(call, flushed, fewest))
             count = min(max(fewest, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
             return estimate if count == fewest else statistics.median(_events(call, flushed, count))
@@ -106,7 +108,7 @@ def _events(call: Call, flushed: Any, count: int) -> list[float]:
 
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
     for start, end in events:
-        flushed.zero_()
+        flushed.amax()
         start.record()
         call()
         end.record()

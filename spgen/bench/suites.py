@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from spgen.bench import cases, weights
+from spgen.bench import cases, neurons, weights
 from spgen.bench.peers import AnyProblem
 from spgen.bench.weights import Rows
 from spgen.bench.workloads import Workload, eight_heads, llama3_8b, short
@@ -126,9 +126,19 @@ def _mlp(quick: bool) -> Iterator[Case]:
         few = replace(prefill, rows=rows)
         yield _weights(section, few, "blocks of 64, 90% left out", size=64)
         yield _weights(section, few, "2 of 4, float8", kind="n_of_m", values="float8_e4m3fn")
+    for rows in (1, 16, 64):
+        narrow = replace(prefill, rows=rows, inputs=prefill.outputs, outputs=prefill.inputs)
+        yield _weights(section, narrow, "2 of 4, 14336 features to 4096", kind="n_of_m")
     one = replace(prefill, rows=1)
     yield _weights(section, one, "groups of 16, 50% left out, int4", size=(1, 16), sparse=0.5, values="int4")
-    yield _weights(section, one, "any 50%", kind="bitmap", sparse=0.5)
+    for sparse in (0.5, 0.9):
+        yield _weights(section, one, f"any {1 - sparse:.0%}", kind="bitmap", sparse=sparse)
+    section = "active neurons"
+    for rows, share in ((1, 0.1), (1, 0.3), (16, 0.1)):
+        few = replace(prefill, rows=rows)
+        for name, whole in (("up", False), ("gate, up and down", True)):
+            make = partial(neurons.problem, share=share, whole=whole)
+            yield Case(f"{name}, {share:.0%} of the neurons, {_rows(rows)}", section, few, make)
 
 
 def _mlp_cpu(quick: bool) -> Iterator[Case]:
@@ -153,7 +163,11 @@ def _weights(
 ) -> Case:  # fmt: skip
     left_out = sparse if sparsity is None else sparsity
     make = partial(weights.problem, kind=kind, size=size, sparsity=left_out, values=values)
-    return Case(f"{name}, {work.rows} row{'s' * (work.rows > 1)}", section, work, make, sparsity)
+    return Case(f"{name}, {_rows(work.rows)}", section, work, make, sparsity)
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
 
 
 SUITES = {

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spgen.bench.neurons import Neurons
 from spgen.bench.peers import MORE, Contender, Unserved
 from spgen.bench.weights import Product
 
 _BLOCKS = 16  # what torch's own kernels take at least
 
 
-def dense(problem: Product, x: Tensor) -> Contender:
+def dense(problem: Product | Neurons, x: Tensor) -> Contender:
     """All weights, zeros included, by torch.nn.functional.linear: cuBLAS, or MKL."""
+    if isinstance(problem, Neurons):
+        every = problem.dense(x)
+        return Contender(lambda plan: every(), pairs=MORE)
     weights, g = problem.dense, problem.g
     if g is not None:
         return Contender(lambda plan: (g.T @ x, g @ weights[0])[1], pairs=MORE)
@@ -36,8 +40,10 @@ def onednn(problem: Product, x: Tensor) -> Contender:
     )  # fmt: skip
 
 
-def bsr(problem: Product, x: Tensor) -> Contender:
+def bsr(problem: Product | Neurons, x: Tensor) -> Contender:
     """Blocks by torch's BSR layout."""
+    if isinstance(problem, Neurons):
+        raise Unserved("it is for stored weights")
     layout = problem.stored[0].layout
     if layout.kind != "blocks" or problem.g is not None or problem.kind == "gated" or layout.rows < _BLOCKS:
         raise Unserved(f"it is for layers of blocks of at least {_BLOCKS}")
@@ -45,8 +51,10 @@ def bsr(problem: Product, x: Tensor) -> Contender:
     return Contender(lambda plan: torch.nn.functional.linear(x, weight))
 
 
-def cusparselt(problem: Product, x: Tensor) -> Contender:
+def cusparselt(problem: Product | Neurons, x: Tensor) -> Contender:
     """2 of 4 by the sparse tensor cores, with the fastest of cuSPARSELt's algorithms."""
+    if isinstance(problem, Neurons):
+        raise Unserved("it is for stored weights")
     layout = problem.stored[0].layout
     if (layout.kind, layout.rows, layout.cols) != ("n_of_m", 2, 4) or problem.stored[0].scales is not None:
         raise Unserved("it is for 2 of 4 weights as wide as x")
