@@ -157,12 +157,13 @@ KERNEL = Dialect(
         ),
         # A part of a product with active neurons. `positive`, `known`: active is what is above the threshold, else what
         # is no smaller in magnitude; the threshold is a number, else a tensor. `gathered`: h has its values where the
-        # list says, else one behind the other. Tiles: block_a active neurons by block_n columns.
+        # list says, else one behind the other. `gated`: the gate's values are given; `twofold`: its weights. Tiles:
+        # block_a active neurons by block_n columns.
         "neurons": OpDef(
             {
                 "dtype": "str", "part": "str", "rows": "int", "positive": "bool", "known": "bool", "gated": "bool",
-                "bias": "bool", "gathered": "bool", "activation": "str", "block_a": "int", "block_n": "int",
-                "options": "strs",
+                "twofold": "bool", "bias": "bool", "gathered": "bool", "activation": "str", "block_a": "int",
+                "block_n": "int", "options": "strs",
             },
             check=_check_neurons,
         ),

@@ -23,6 +23,7 @@ class Neurons:
     dtype: str = "float32"
     positive: bool = False
     gated: bool = True
+    twofold: bool = False
     bias: bool = False
     activation: str = "silu"
     threshold: float = 0.7
@@ -33,7 +34,8 @@ class Neurons:
         """x, scores whose rows lie apart, weights neuron by neuron, biases."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = {"x": (self.m, self.k), "scores": (self.m, self.f + 8), "w_up": (self.f, self.k),
-                  "w_down": (self.f, self.d), "bias": (self.f,), "last": (self.d,)}  # fmt: skip
+                  "w_down": (self.f, self.d), "w_gate": (self.f, self.k), "bias": (self.f,),
+                  "last": (self.d,)}  # fmt: skip
         dtype = getattr(torch, self.dtype)
         made = {name: torch.randn(shape, generator=generator).to(dtype).to(device) for name, shape in shapes.items()}
         made["scores"] = made["scores"][:, : self.f]
@@ -57,33 +59,46 @@ def check(call: Neurons, device: str = "cpu") -> None:
         wanted = row.nonzero()[:, 0]
         assert int(count[list_]) == len(wanted)
         assert torch.equal(index[list_, : len(wanted)].long(), wanted)
-    gate, bias = (t["scores"] if call.gated else None), (t["bias"] if call.bias and not call.gated else None)
-    h = up(t["x"], t["w_up"], index, count, gate, bias, call.activation, rows_per_list=call.rows)
-    full = hidden(call, t)
+    gate = t["scores"] if call.gated and not call.twofold else None
+    bias = t["bias"] if call.bias and gate is None else None
+    of_gate = t["w_gate"] if call.twofold else None
+    h = up(t["x"], t["w_up"], index, count, gate, bias, call.activation, rows_per_list=call.rows, w_gate=of_gate)
+    full, size = hidden(call, t)
     each = active.repeat_interleave(call.rows, 0)[: call.m]
     for row in range(call.m):
         found = h[row, : int(each[row].sum())].double()
-        assert (found - full[row][each[row]]).norm() <= NORMS[call.dtype] * full[row].norm()
+        assert (found - full[row][each[row]]).norm() <= NORMS[call.dtype] * (full[row].norm() + size[row].norm())
     last = t["last"] if call.bias else None
     y = down(h, t["w_down"], index, count, last, rows_per_list=call.rows)
-    same(call, y, (full * each) @ t["w_down"].double(), last)
+    same(call, y, full * each, t["w_down"], last, size * each)
     assert torch.equal(y, down(h, t["w_down"], index, count, last, rows_per_list=call.rows))
     # input channels: all values of h at their own columns
     whole = t["scores"].contiguous()
     y = down(whole, t["w_down"], index, count, last, compacted=False, rows_per_list=call.rows)
-    same(call, y, (whole.double() * each) @ t["w_down"].double(), last)
+    same(call, y, whole.double() * each, t["w_down"], last, 0 * each)
 
 
-def hidden(call: Neurons, t: dict[str, Tensor]) -> Tensor:
-    """The hidden values of all neurons, in float64."""
-    sums, activation = t["x"].double() @ t["w_up"].double().T, ACTIVATIONS[call.activation]
+def hidden(call: Neurons, t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The hidden values of all neurons, in float64, and the size of the terms that they are sums of."""
+    t = {name: one.double() for name, one in t.items()}
+    activation, bias = ACTIVATIONS[call.activation], t["bias"] if call.bias else torch.zeros_like(t["bias"])
+    sums, size = t["x"] @ t["w_up"].T, terms(t["x"], t["w_up"].T)
+    if call.twofold:
+        first = t["x"] @ t["w_gate"].T + bias
+        return activation(first) * sums, activation(first).abs() * size + terms(t["x"], t["w_gate"].T) * sums.abs()
     if call.gated:
-        return activation(t["scores"].double()) * sums
-    return activation(sums + t["bias"].double() if call.bias else sums)
+        return activation(t["scores"]) * sums, activation(t["scores"]).abs() * size
+    return activation(sums + bias), size + bias.abs()
 
 
-def same(call: Neurons, y: Tensor, wanted: Tensor, last: Tensor | None) -> None:
-    """Whether a result is right: hidden values were rounded before."""
-    wanted = wanted if last is None else wanted + last.double()
+def terms(a: Tensor, b: Tensor) -> Tensor:
+    """How large the terms of a @ b are, as they add up if their signs are random: sums of a few may all but cancel."""
+    return a.abs() @ b.abs() * max(a.shape[1], 1) ** -0.5
+
+
+def same(call: Neurons, y: Tensor, h: Tensor, w_down: Tensor, last: Tensor | None, size: Tensor) -> None:
+    """Whether a result is right: hidden values, sums of terms of some size, were rounded before."""
+    wanted = h @ w_down.double() + (0 if last is None else last.double())
+    allowed = wanted.norm() + terms(h.abs() + size, w_down.double()).norm()
     assert not y.isnan().any()
-    assert (y.double() - wanted).norm() <= 2 * NORMS[call.dtype] * wanted.norm()
+    assert (y.double() - wanted).norm() <= 2 * NORMS[call.dtype] * allowed

@@ -84,10 +84,12 @@ def up(
     bias: Tensor | None = None,
     activation: str = "none",
     rows_per_list: int = 1,
+    w_gate: Tensor | None = None,
 ) -> Tensor:
     """The hidden values of active neurons, [M, F] in x's dtype: column a is for the list's a-th, the rest is not set.
 
-    With `gate` [M, F], activation(gate) * (x . w_up), else activation(x . w_up + bias), of x [M, K] and w_up [F, K].
+    Of x [M, K], w_up and w_gate [F, K]: with `gate` [M, F] activation(gate) * (x . w_up), with `w_gate`
+    activation(x . w_gate + bias) * (x . w_up), else activation(x . w_up + bias).
     """  # fmt: skip
     _check_matrix("x", x)
     _check_lists(x, w_up, index, count, rows_per_list)
@@ -100,17 +102,21 @@ def up(
         _check_matrix("gate", gate)
         if gate.shape != (m, f) or gate.dtype != x.dtype or bias is not None:
             raise ShapeError("gate", given=f"shape {list(gate.shape)}", allowed=f"[{m}, {f}] of x's dtype, no bias")
+    if w_gate is not None:
+        _check_lists(x, w_gate, index, count, rows_per_list)
+        if w_gate.shape != w_up.shape or gate is not None:
+            raise ShapeError("w_gate", given=f"shape {list(w_gate.shape)}", allowed=f"{list(w_up.shape)}, no gate")
     h = torch.empty(m, f, dtype=x.dtype, device=x.device)
     rows, sizes, tiles = _tiles(m, f, rows_per_list)
     target = _target(x)
-    config = up_config(target, x, rows)
+    config = up_config(target, x, rows, 1 if w_gate is None else 2)
     kernel = _kernel(
-        x, "up", rows, gated=gate is not None, bias=bias is not None, activation=activation,
-        block_a=config.block_m, block_n=config.block_n, options=config.options,
+        x, "up", rows, gated=gate is not None, twofold=w_gate is not None, bias=bias is not None,
+        activation=activation, block_a=config.block_m, block_n=config.block_n, options=config.options,
     )  # fmt: skip
     resident = config.option("resident", 1) * max(target.cores, 1)
     programs = max(min(-(-f // config.block_m), resident // max(len(count) * tiles, 1)), 1)
-    given = [one for one in (gate, bias) if one is not None]
+    given = [one for one in (w_gate, gate, bias) if one is not None]
     numbers = (programs, *sizes, k, x.stride(0), *([] if gate is None else [gate.stride(0)]))
     if h.numel():
         grid = programs * len(count) * tiles
@@ -162,10 +168,10 @@ def _tiles(m: int, f: int, rows_per_list: int) -> tuple[int, tuple[int, ...], in
     return rows, (f, m, tiles, shared) if rows >= MULTIPLY else (f, m), tiles
 
 
-def up_config(target: Target, x: Tensor, rows: int) -> Config:
+def up_config(target: Target, x: Tensor, rows: int, weights: int = 1) -> Config:
     """Active neurons by columns of a step; `resident` programs for each multiprocessor."""
     if rows >= MULTIPLY:
-        stages = min(1 + target.smem_bytes // (_LINE * (16 + rows)), 4)
+        stages = min(1 + target.smem_bytes // (_LINE * (16 * weights + rows)), 4)
         warps = 2 if rows <= 16 else 4 if rows <= 32 else 8
         return Config(16, _LINE // x.element_size(), (f"warps={warps}", f"stages={stages}", "resident=4"))
     return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
@@ -179,7 +185,8 @@ def down_config(h: Tensor, rows: int) -> Config:
 
 
 def _kernel(like: Tensor, part: str, rows: int, block_n: int, block_a: int = 1, **attributes: Any) -> Op:
-    unset = {"positive": False, "known": False, "gated": False, "bias": False, "gathered": False, "activation": "none"}
+    flags = ("positive", "known", "gated", "twofold", "bias", "gathered")
+    unset = {**dict.fromkeys(flags, False), "activation": "none"}
     dtype = str(like.dtype).removeprefix("torch.")
     warps = () if "options" in attributes else (f"warps={_WARPS_OF_LISTS}",)
     given = {"options": warps, **unset, **attributes}

@@ -121,8 +121,7 @@ def _neurons_cuda(
     if factor is not None and gate is None and activation == "none":
         h = kernels.up(x, up, index, count, factor.contiguous(), None, "none", rows)
     else:
-        h = kernels.up(x, up if gate is None else gate, index, count, None, hidden_bias, activation, rows)
-        h = h if gate is None else h * kernels.up(x, up, index, count, rows_per_list=rows)
+        h = kernels.up(x, up, index, count, None, hidden_bias, activation, rows, gate)
         if factor is not None:  # behind a list's end its columns are anything
             of_row = index.clamp(0, max(0, factor.shape[1] - 1)).long().repeat_interleave(rows, 0)[: len(x)]
             h = h * factor.gather(1, of_row)

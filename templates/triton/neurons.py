@@ -49,6 +49,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
                 yield "threshold", "i32"
         return
     yield from (("x" if part == "up" else "h", "data"), ("w", "data"), ("index", "*i32"), ("count", "*i32"))
+    if kernel["twofold"]:
+        yield "w_gate", "data"
     if kernel["gated"]:
         yield "gate", "data"
     if kernel["bias"]:
@@ -80,7 +82,9 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "text": str(kernel),
         "jit": "triton.jit",
         "parameters": parameters(kernel),
-        **{name: kernel[name] for name in ("part", "rows", "positive", "known", "gated", "bias", "gathered")},
+        **{
+            name: kernel[name] for name in ("part", "rows", "positive", "known", "gated", "twofold", "bias", "gathered")
+        },
         "flags": kernel["dtype"] == FLAGS,
         "activation": kernel["activation"],
         "multiplies": multiplies(kernel),

@@ -150,6 +150,7 @@ def test_neurons(m: int, rows: int, dtype: str) -> None:
         call = Neurons(m, rows, 3000, 264, 520, dtype, positive, gated, bias=True, threshold=1.2)
         check_neurons(call, "cuda")
         check_neurons(Neurons(m, rows, 997, 77, 131, dtype, positive, gated, threshold=9.0, on_device=True), "cuda")
+    check_neurons(Neurons(m, rows, 997, 264, 131, dtype, gated=False, twofold=True, bias=True), "cuda")
 
 
 def test_neurons_in_two_graphs_at_once() -> None:

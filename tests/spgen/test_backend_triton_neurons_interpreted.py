@@ -23,7 +23,7 @@ def calls(draw: st.DrawFn) -> Neurons:
     return Neurons(
         draw(st.sampled_from((1, 2, 7, 33, 75))), draw(st.sampled_from((1, 2, 4, 16, 70))), draw(st.integers(1, 200)),
         draw(st.integers(1, 80)), draw(st.integers(1, 150)), draw(st.sampled_from(("float32", "float16"))),
-        draw(st.booleans()), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))),
+        *(draw(st.booleans()) for _ in range(4)), draw(st.sampled_from(sorted(ACTIVATIONS))),
         draw(st.sampled_from((0.0, 0.7, 2.0, 9.0))), draw(st.booleans()), draw(st.integers(0, 99)),
     )  # fmt: skip
 
@@ -37,6 +37,7 @@ def test_calls(call: Neurons) -> None:
 @pytest.mark.parametrize(("m", "rows"), [(1, 1), (3, 1), (9, 4), (20, 16), (64, 64), (150, 100), (200, 200)])
 def test_lists(m: int, rows: int) -> None:
     check(Neurons(m, rows, 1300, 33, 70, positive=rows == 4, bias=True))
+    check(Neurons(m, rows, 130, 33, 7, gated=False, twofold=True, bias=rows == 4))
 
 
 def test_nothing_is_active_where_scores_are_not_numbers() -> None:

@@ -1,4 +1,4 @@
-"""The benchmarks' products with sparse weights and active neurons: what they say of themselves, and that they are right."""
+"""The products with sparse weights, and active neurons, of the benchmarks: what they say of themselves, and errors."""
 
 from __future__ import annotations
 
