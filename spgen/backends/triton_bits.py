@@ -9,6 +9,7 @@
 | `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
 | `pair` | 1, of those: registers for two programs of one warpgroup and two shares to a multiprocessor |
 | `splits` | 1, of those: programs share the tiles' steps evenly, for weights of few rows |
+| `walk`, `words` | few rows times bitmaps: see spgen/backends/gluon_walk.py |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |
 | `dense` | 1: the weight is unpacked first |
 
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spgen.backends import cusparselt, gluon_bits
+from spgen.backends import cusparselt, gluon_bits, gluon_walk
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_program import Form, Program
 from spgen.ir.config import Config
@@ -36,7 +37,7 @@ from spgen.ir.kernel import KERNEL, option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon import two_of_four
+from spgen.templates.gluon import two_of_four, walk
 from spgen.templates.gluon.linear import WARPGROUPS
 from spgen.templates.triton import bits
 from spgen.templates.triton.bits import LINEAR, UNIT, UNPACK
@@ -69,8 +70,11 @@ class BitsProduct:
             kernel = _portable(kernel)
         self.kernel, self.target = kernel, target
         self._cores = bool(option(kernel, "cores", 0))
+        self._walks = bool(option(kernel, "walk", 0))
         self._unpacks = bits.entry_of(kernel) == UNPACK
-        if self._cores:
+        if self._walks:
+            forms, template, symbols = [gluon_walk.form(kernel)], "gluon/walk.py.jinja", walk.symbols
+        elif self._cores:
             forms = [_cores_form(kernel, entry) for entry in two_of_four.entries(kernel)]
             template, symbols = "gluon/two_of_four.py.jinja", two_of_four.symbols
         else:
@@ -88,6 +92,8 @@ class BitsProduct:
             return
         if self._cores:
             self._by_cores(x, weights, bias, y)
+        elif self._walks:
+            self._walked(x, weights, bias, y)
         elif self._unpacks:
             self._unpacked_first(x, weights, bias, y)
         else:
@@ -100,6 +106,14 @@ class BitsProduct:
         if self._expanded is not None:
             return self._expanded.precompile()
         return self.program.precompile(next(reversed(self.program.forms)))
+
+    def _walked(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
+        """Few rows times bitmaps, value by value; no more rows at once than the kernel was made for."""
+        stored = [one for weight in weights for one in gluon_walk.tensors(weight)]
+        rows, (n, k) = self.kernel["block_m"], (y.shape[1], x.shape[1])
+        for some, out in zip(x.split(rows), y.split(rows), strict=True):
+            tensors = [some, *stored, *([] if bias is None else [bias]), out]
+            self.program.launch(LINEAR, tensors, (n, k, len(out), x.stride(0)), -(-n // walk.rows(self.kernel)))
 
     def _by_cores(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Few rows times 2:4 weights by sparse tensor cores; all tensors are taken as words of 32 bits."""
@@ -220,6 +234,9 @@ def default_config(request: Request, sizes: Sizes) -> Config:
             return expanded
         if sizes.height == "few":
             return _cores_config(max(sizes.m, 1))
+    walked = gluon_walk.default_config(request, sizes)
+    if walked is not None:
+        return walked
     if sizes.height == "many" and cusparselt.serves(request, sizes):
         return Config(128, 128, ("cusparselt=1",))
     if sizes.m > _ONE_BY_ONE:

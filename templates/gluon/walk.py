@@ -18,8 +18,9 @@ SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 
 
 
 def rows(kernel: Op) -> int:
-    """Rows of weights that a warp takes at once."""
-    return -(-int(kernel["block_n"]) // option(kernel, "warps", 8))
+    """Rows of weights that a program takes: as many for each warp."""
+    warps = option(kernel, "warps", 16)
+    return -(-int(kernel["block_n"]) // warps) * warps
 
 
 def parameters(kernel: Op) -> tuple[Parameter, ...]:
@@ -40,8 +41,9 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
 
 def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of walk.py.jinja; its head comment says what they are."""
+    warps = option(kernel, "warps", 16)
     staged = option(kernel, "words", 64)
-    places = product(range(staged // 32), range(rows(kernel)), sides(kernel))
+    places = product(range(staged // 32), range(rows(kernel) // warps), sides(kernel))
     return {
         "text": str(kernel),
         "jit": "gluon.jit",
@@ -53,10 +55,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "activation": kernel["activation"],
         "sides": sides(kernel),
         "block_m": kernel["block_m"],
-        "warps": option(kernel, "warps", 8),
-        "rows": rows(kernel),
+        "warps": warps,
+        "rows": rows(kernel) // warps,
         "staged": staged,
-        "whole": option(kernel, "whole", 0),
-        "ahead": option(kernel, "ahead", 0),
         "parts": [(*place, "_".join(map(str, place))) for place in places],
     }

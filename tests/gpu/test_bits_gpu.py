@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from spgen.backends import cusparselt
+from spgen.backends.triton_bits import BitsProduct
 from spgen.backends.triton_neurons import compact, down, up
+from spgen.ir.config import Config
 from spgen.target import Target
 from spgen.weights import ops
+from spgen.weights.compile import Sizes, kernel_of
 from spgen.weights.storage import Layout, Stored, pack, quantized
 from tests.neurons import Neurons
 from tests.neurons import check as check_neurons
@@ -173,3 +176,39 @@ def test_neurons_in_two_graphs_at_once() -> None:
                 graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(y, wanted) for y in results)
+
+
+WALK = (("walk", 1), ("warps", 16), ("words", 64))
+
+
+@pytest.mark.parametrize(
+    ("m", "density"), [(1, 0.0), (1, 0.04), (1, 1.0), (2, 0.3), (3, 0.0), (3, 0.2), (4, 1.0), (8, 0.1)]
+)
+def test_bitmaps_are_walked(m: int, density: float) -> None:
+    for k in (77, 256, 1000, 4096, 9001):
+        product = Product(m, 333, k, "bitmap()", "bfloat16", density=density, bias=True, activation="silu", config=WALK)
+        check(product, target(), "cuda")
+    for dtype in ("float32", "float16"):
+        check(Product(m, 100, 500, "bitmap()", dtype, density=density, gated=True, config=WALK), target(), "cuda")
+    for values in ("int8", "float8_e4m3fn"):
+        product = Product(m, 200, 4200, "bitmap()", "bfloat16", values, density, gated=m > 2, config=WALK)
+        check(product, target(), "cuda")
+
+
+@pytest.mark.parametrize(("m", "rows"), [(1, 16), (5, 48)])
+def test_bitmaps_whose_rows_differ(m: int, rows: int) -> None:
+    """Every place of a word alone, empty and full rows; a row's NaN stays there; more rows of x than a kernel's."""
+    kept = torch.eye(192, dtype=torch.bool)
+    kept[3], kept[5], kept[190] = False, True, True
+    weight = torch.randn(192, 192, generator=torch.Generator().manual_seed(3)).bfloat16()
+    weight[7, 7] = torch.nan
+    stored = pack(weight.cuda(), kept.cuda(), Layout("bitmap"))
+    request = Product(m, 192, 192, "bitmap()", "bfloat16").request([stored], target())
+    config = Config(2 if m > 1 else 1, rows, ("walk=1", "warps=16", "words=32"))
+    x = torch.randn(m, 192, device="cuda", dtype=torch.bfloat16)
+    y = torch.full_like(x, torch.inf)
+    BitsProduct(kernel_of(request, Sizes(m, 192, 192, 576), config), target())(x, [stored], None, y)
+    wanted = x.double() @ torch.where(kept, weight, 0).cuda().double().T
+    assert y[:, 7].isnan().all()
+    others = torch.arange(192) != 7
+    assert (y.double() - wanted)[:, others].norm() <= 6e-3 * wanted[:, others].norm()
