@@ -14,6 +14,7 @@ from spgen.ir.node import Op
 from spgen.templates.triton.attention import Parameter
 from spgen.templates.triton.bits import sides
 
+LANES = 32
 SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8_e4m3fn": 1}  # bytes of a stored value
 
 
@@ -42,8 +43,8 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
 def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of walk.py.jinja; its head comment says what they are."""
     warps = option(kernel, "warps", 16)
-    staged = option(kernel, "words", 64)
-    places = product(range(staged // 32), range(rows(kernel) // warps), sides(kernel))
+    staged = max(option(kernel, "words", 64), LANES)
+    places = product(range(staged // LANES), range(rows(kernel) // warps), sides(kernel))
     return {
         "text": str(kernel),
         "jit": "gluon.jit",

@@ -103,6 +103,40 @@ def test_where_weights_are_expanded() -> None:
     assert BitsProduct(asked, ampere.target).kernel["options"][0] == "cores=1"
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    ("dtype", "values", "m", "gated"),
+    [("bfloat16", "", 1, True), ("float32", "", 4, False), ("float16", "", 8, False), ("bfloat16", "int8", 2, True),
+     ("bfloat16", "float8_e4m3fn", 1, False)],
+)  # fmt: skip
+def test_bitmaps_that_are_walked_compile(target: str, dtype: str, values: str, m: int, gated: bool) -> None:
+    """x alone is in shared memory, whose beginning the walk takes for x's."""
+    request = Request(
+        dtype, Layout("bitmap"), values or dtype, bool(values), Target.of(target), gated=gated, bias=True,
+        activation="gelu",
+    )  # fmt: skip
+    kernel = built(request, Sizes(m, 4096, 5000, 1000))
+    config = config_of(request, Sizes(m, 4096, 5000, 1000))
+    assert config.option("walk")
+    for aligned in (True, False):
+        binary = kernel.program.binary("linear", aligned)
+        assert binary.resources["shared"] == m * 64 * 4 * int(config.option("words") or 0)
+        assert not binary.resources["spilled"]
+
+
+@pytest.mark.parametrize(
+    ("m", "share", "target", "transposed", "walks"),
+    [(1, 0.1, "sm_90", False, True), (3, 0.3, "sm_80", False, True), (8, 0.1, "sm_90", False, True),
+     (1, 0.6, "sm_90", False, False), (8, 0.3, "sm_90", False, False), (9, 0.05, "sm_90", False, False),
+     (1, 0.1, "gfx942", False, False), (1, 0.1, "sm_90", True, False)],
+)  # fmt: skip
+def test_where_bitmaps_are_walked(m: int, share: float, target: str, transposed: bool, walks: bool) -> None:
+    for gated in (False, True) if not transposed else (False,):
+        request = Request("bfloat16", Layout("bitmap"), "bfloat16", False, Target.of(target), transposed, gated)
+        stored = round(share * 1024 * 512) * (1 + gated)
+        assert bool(config_of(request, Sizes(m, 1024, 512, stored)).option("walk")) == walks
+
+
 def test_sparse_products_are_in_the_binary() -> None:
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_90"))
     kernel = built(request, Sizes(1, 1024, 1024, 100))
