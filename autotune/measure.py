@@ -6,6 +6,7 @@ Revels, Robust benchmarking in noisy environments, 2016).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any, TypeAlias
 Call: TypeAlias = Callable[[], Any]
 Timer: TypeAlias = Callable[[Call], float]
 
-# A buffer of so many L2 caches is read between two calls: what was written would be on its way to memory during a call.
-# It takes longer than the host needs to launch what follows.
+# So many L2 caches are read between two calls: what is written may be on its way to memory during a call.
 _FLUSHED = 4
+# Reading it takes longer than the host to launch what follows, or is repeated: of a device that waits, the host is timed.
+_AHEAD, _MOST_FLUSHES = 1.5, 16
 _FEW = 5  # readings, whose quartiles say little
-_MOST = 1000  # calls behind one reading
+_MOST = 300  # calls behind one reading
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,13 @@ def on_gpu(milliseconds: int = 100, device: int | None = None, *, fewest: int = 
         with torch.cuda.device(device):
             index = torch.cuda.current_device()
             flushed = torch.zeros(_flush_bytes(index) // 4, device=f"cuda:{index}")
-            estimate = statistics.median(_events(call, flushed, fewest))
+            first, flush, host = _events(call, flushed, fewest)
+            estimate = statistics.median(first)
             count = min(max(fewest, int(milliseconds / 1e3 / max(estimate, 1e-6))), _MOST)
-            return estimate if count == fewest else statistics.median(_events(call, flushed, count))
+            if count == fewest:
+                return estimate
+            flushes = min(max(math.ceil(_AHEAD * host / max(flush, 1e-6)), 1), _MOST_FLUSHES)
+            return statistics.median(_events(call, flushed, count, flushes)[0])
 
     return timer
 
@@ -102,18 +108,27 @@ def _flush_bytes(index: int) -> int:
     return _FLUSHED * int(found or 64 << 20)
 
 
-def _events(call: Call, flushed: Any, count: int) -> list[float]:
-    """Seconds of each of `count` calls on the device, the L2 cache emptied before each."""
+def _events(call: Call, flushed: Any, count: int, flushes: int = 1) -> tuple[list[float], float, float]:
+    """Seconds of each of `count` calls on the device, the L2 cache emptied before each by so many `flushes`.
+
+    Then the fastest flush, and what the host took to launch a call and a flush.
+    """
     import torch
 
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
-    for start, end in events:
-        flushed.amax()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in range(count)]
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    for before, start, end in events:
+        before.record()
+        for _ in range(flushes):
+            flushed.amax()
         start.record()
         call()
         end.record()
+    host = (time.perf_counter() - begun) / count
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) / 1e3 for start, end in events]
+    taken = [start.elapsed_time(end) / 1e3 for _, start, end in events]
+    return taken, min(before.elapsed_time(start) for before, start, _ in events) / 1e3, host
 
 
 def samples(

@@ -51,7 +51,7 @@ def is_there(target: Target) -> bool:
 def known(values: Tensor) -> Tensor | None:
     """The library's form of the weight with these stored values, if it was made and they have not changed since."""
     found = _compressed.get(values.untyped_storage())
-    if found is None or found[:2] != (values.storage_offset(), values._version):
+    if found is None or found[:2] != (values.storage_offset(), _version(values)):
         return None
     return found[2]
 
@@ -60,8 +60,13 @@ def compressed(values: Tensor, weight: Tensor) -> Tensor:
     """The library's form of `weight` [N, K], kept as long as its stored `values`."""
     made = torch._cslt_compress(weight)
     with _lock:
-        _compressed[values.untyped_storage()] = (int(values.storage_offset()), values._version, made)
+        _compressed[values.untyped_storage()] = (int(values.storage_offset()), _version(values), made)
     return made
+
+
+def _version(values: Tensor) -> int:
+    """How often values changed; those made in inference mode do not count it, and are taken to be constant."""
+    return 0 if values.is_inference() else values._version
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -15,8 +15,9 @@ the neurons, and the weight [K, N] lies channel by channel.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,10 +34,10 @@ from spgen.templates.triton import neurons
 from spgen.templates.triton.bits import padded
 from spgen.templates.triton.neurons import FLAGS, MULTIPLY
 
-_COMPACT = (4096, 1024)  # neurons that a program counts at once, and lists
+_COUNTED, _LISTED = 4096, 1024  # neurons that a program counts at once, and lists
 _UNION = 256
 _LINE = 512  # bytes of a row in a step
-_WARPS_OF_LISTS = 8
+_FLAGS = ("positive", "known", "gated", "twofold", "bias", "gathered")
 
 
 def compact(
@@ -58,20 +59,19 @@ def compact(
     if not index.numel():
         return index, count
     common = {"positive": positive, "known": not isinstance(threshold, Tensor)}
+    target, dtype = _target(scores), scores.dtype
     limit = [threshold.to(torch.float32)] if isinstance(threshold, Tensor) else []
     bits = [] if isinstance(threshold, Tensor) else [struct.unpack("<i", struct.pack("<f", threshold))[0]]
-    chunk, block = _COMPACT
     rows, after = min(rows_per_list, m), (scores.stride(0), *bits)
-    grid = n_lists * -(-f // block)
     if rows < MULTIPLY:
-        one = program_of(_kernel(scores, "compact", rows, block_a=chunk, block_n=block, **common), _target(scores))
-        one.launch("compact", [scores, index, count, *limit], (f, m, *after), grid)
+        one = _prepared(target, dtype, "compact", rows, **common)
+        one.launch([scores, index, count, *limit], (f, m, *after), n_lists * -(-f // one.block_n))
         return index, count
     flags = torch.empty(n_lists, f, dtype=torch.uint8, device=scores.device)
-    union = program_of(_kernel(scores, "union", MULTIPLY, block_n=_UNION, **common), _target(scores))
-    union.launch("union", [scores, flags, *limit], (f, m, rows, *after), n_lists * -(-f // _UNION))
-    one = program_of(_kernel(flags, "compact", 1, block_a=chunk, block_n=block), _target(scores))
-    one.launch("compact", [flags, index, count], (f, n_lists), grid)
+    union = _prepared(target, dtype, "union", MULTIPLY, **common)
+    union.launch([scores, flags, *limit], (f, m, rows, *after), n_lists * -(-f // union.block_n))
+    one = _prepared(target, torch.uint8, "compact", 1)
+    one.launch([flags, index, count], (f, n_lists), n_lists * -(-f // one.block_n))
     return index, count
 
 
@@ -108,19 +108,15 @@ def up(
             raise ShapeError("w_gate", given=f"shape {list(w_gate.shape)}", allowed=f"{list(w_up.shape)}, no gate")
     h = torch.empty(m, f, dtype=x.dtype, device=x.device)
     rows, sizes, tiles = _tiles(m, f, rows_per_list)
-    target = _target(x)
-    config = up_config(target, x, rows, 1 if w_gate is None else 2)
-    kernel = _kernel(
-        x, "up", rows, gated=gate is not None, twofold=w_gate is not None, bias=bias is not None,
-        activation=activation, block_a=config.block_m, block_n=config.block_n, options=config.options,
+    one = _prepared(
+        _target(x), x.dtype, "up", rows, gated=gate is not None, twofold=w_gate is not None, bias=bias is not None,
+        activation=activation,
     )  # fmt: skip
-    resident = config.option("resident", 1) * max(target.cores, 1)
-    programs = max(min(-(-f // config.block_m), resident // max(len(count) * tiles, 1)), 1)
+    programs = max(min(-(-f // one.block_a), one.resident // max(len(count) * tiles, 1)), 1)
     given = [one for one in (w_gate, gate, bias) if one is not None]
     numbers = (programs, *sizes, k, x.stride(0), *([] if gate is None else [gate.stride(0)]))
     if h.numel():
-        grid = programs * len(count) * tiles
-        program_of(kernel, target).launch("up", [x, w_up, index, count, *given, h], numbers, grid)
+        one.launch([x, w_up, index, count, *given, h], numbers, programs * len(count) * tiles)
     return h
 
 
@@ -146,17 +142,12 @@ def down(
     if not y.numel():
         return y
     rows, sizes, row_tiles = _tiles(m, f, rows_per_list)
-    target, config = _target(h), down_config(h, rows)
-    kernel = _kernel(
-        h, "down", rows, bias=bias is not None, gathered=not compacted, block_a=config.block_m,
-        block_n=config.block_n, options=config.options,
-    )  # fmt: skip
-    tiles = len(count) * row_tiles * -(-d // config.block_n)
-    resident = config.option("resident", 1) * max(target.cores, 1)
-    splits = max(min(resident // tiles, config.option("splits"), -(-f // config.block_m)), 1)
-    parts = h.new_empty(tiles * splits * config.block_n * rows if splits > 1 else 1, dtype=torch.float32)
+    one = _prepared(_target(h), h.dtype, "down", rows, bias=bias is not None, gathered=not compacted)
+    tiles = len(count) * row_tiles * -(-d // one.block_n)
+    splits = max(min(one.resident // tiles, one.splits, -(-f // one.block_a)), 1)
+    parts = h.new_empty(tiles * splits * one.block_n * rows if splits > 1 else 1, dtype=torch.float32)
     tensors = [h, w_down_t, index, count, *([] if bias is None else [bias]), y, parts, arrivals(h, 32 * tiles)]
-    program_of(kernel, target).launch("down", tensors, (splits, *sizes, d, h.stride(0)), tiles * splits)
+    one.launch(tensors, (splits, *sizes, d, h.stride(0)), tiles * splits)
     return y
 
 
@@ -168,29 +159,52 @@ def _tiles(m: int, f: int, rows_per_list: int) -> tuple[int, tuple[int, ...], in
     return rows, (f, m, tiles, shared) if rows >= MULTIPLY else (f, m), tiles
 
 
-def up_config(target: Target, x: Tensor, rows: int, weights: int = 1) -> Config:
-    """Active neurons by columns of a step; `resident` programs for each multiprocessor."""
+def config_of(target: Target, dtype: torch.dtype, part: str, rows: int, weights: int = 1) -> Config:
+    """Active neurons by columns of a step (of lists, neurons that a program counts at once, and lists).
+
+    `resident` programs for each multiprocessor; `splits` is the largest number of programs that share a list's neurons.
+    """
+    size = dtype.itemsize
+    if part in ("union", "compact"):
+        return Config(1 if part == "union" else _COUNTED, _UNION if part == "union" else _LISTED, ("warps=8",))
+    if part == "down":
+        if rows >= MULTIPLY:
+            return Config(256 // size, 64, ("warps=4", "stages=2", "resident=4", "splits=4"))
+        return Config(max(64 // padded(rows), 16), 128, ("warps=4", "resident=4", "splits=16"))
     if rows >= MULTIPLY:
         stages = min(1 + target.smem_bytes // (_LINE * (16 * weights + rows)), 4)
         warps = 2 if rows <= 16 else 4 if rows <= 32 else 8
-        return Config(16, _LINE // x.element_size(), (f"warps={warps}", f"stages={stages}", "resident=4"))
-    return Config(1, 1024 // x.element_size() // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
+        return Config(16, _LINE // size, (f"warps={warps}", f"stages={stages}", "resident=4"))
+    return Config(1, 1024 // size // min(padded(rows), 2), ("warps=1", "unroll=2", "resident=32"))
 
 
-def down_config(h: Tensor, rows: int) -> Config:
-    """Likewise; `splits` is the largest number of programs that share a list's neurons."""
-    if rows >= MULTIPLY:
-        return Config(256 // h.element_size(), 64, ("warps=4", "stages=2", "resident=4", "splits=4"))
-    return Config(max(64 // padded(rows), 16), 128, ("warps=4", "resident=4", "splits=16"))
+class Prepared(NamedTuple):
+    """A kernel's launchable form, its tiles, and how many programs run at a time, and share a list."""
+
+    program: Program
+    part: str
+    block_a: int
+    block_n: int
+    resident: int
+    splits: int
+
+    def launch(self, tensors: Sequence[Tensor], numbers: Sequence[int], grid: int) -> None:
+        """Run it over the arguments."""
+        self.program.launch(self.part, tensors, numbers, grid)
 
 
-def _kernel(like: Tensor, part: str, rows: int, block_n: int, block_a: int = 1, **attributes: Any) -> Op:
-    flags = ("positive", "known", "gated", "twofold", "bias", "gathered")
-    unset = {**dict.fromkeys(flags, False), "activation": "none"}
-    dtype = str(like.dtype).removeprefix("torch.")
-    warps = () if "options" in attributes else (f"warps={_WARPS_OF_LISTS}",)
-    given = {"options": warps, **unset, **attributes}
-    return KERNEL.make("neurons", dtype=dtype, part=part, rows=rows, block_a=block_a, block_n=block_n, **given)
+@lru_cache(maxsize=1024)
+def _prepared(
+    target: Target, dtype: torch.dtype, part: str, rows: int, *, activation: str = "none", **flags: bool
+) -> Prepared:
+    config = config_of(target, dtype, part, rows, 1 + flags.get("twofold", False))
+    kernel = KERNEL.make(
+        "neurons", dtype=str(dtype).removeprefix("torch."), part=part, rows=rows, activation=activation,
+        block_a=config.block_m, block_n=config.block_n, options=config.options, **dict.fromkeys(_FLAGS, False) | flags,
+    )  # fmt: skip
+    resident = config.option("resident", 1) * max(target.cores, 1)
+    splits = config.option("splits")
+    return Prepared(program_of(kernel, target), part, config.block_m, config.block_n, resident, splits)
 
 
 @lru_cache(maxsize=1024)

@@ -194,8 +194,8 @@ def streaming(work: Workload, window: int = 1024, sink: int = 64) -> Problem:
     def flex() -> Any:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        compiled = work.device != "cpu"
-        return create_block_mask(keep, None, None, work.length, work.length, device=work.device, _compile=compiled)
+        make = create_block_mask if work.device == "cpu" else torch.compile(create_block_mask)
+        return make(keep, None, None, work.length, work.length, device=work.device)
 
     rows = torch.arange(work.length)
     pairs = (rows + 1).clamp(max=window) + (rows + 1 - window).clamp(0, sink)

@@ -48,7 +48,8 @@ class Rows:
 class Product:
     """y = x W^T, or what a `kind` makes of it; `stored` are the weights, `dense` the same with zeros.
 
-    `kind` "gated" is silu(x gate^T) * (x up^T), "gradients" those of x and of the stored values for a gradient `g`.
+    `full` are weights of which none was left out: with zeros a GPU draws less power, and is faster than it would be
+    without them. `kind` "gated" is silu(x gate^T) * (x up^T), "gradients" those of x and of the stored values for a gradient `g`.
     """
 
     work: Rows
@@ -56,6 +57,7 @@ class Product:
     kind: str
     stored: tuple[Stored, ...]
     dense: tuple[Tensor, ...]
+    full: tuple[Tensor, ...]
     g: Tensor | None = None
 
     @property
@@ -125,7 +127,8 @@ def problem(
     weights = [random(work.outputs, work.inputs) * (work.inputs * kept) ** -0.5 for _ in range(count)]
     stored = tuple(sp.linear(weight, pattern, values=values).weight.stored for weight in weights)
     g = random(work.rows, work.outputs) * (work.inputs / work.outputs) ** 0.5 if kind == "gradients" else None
-    return Product(work, pattern, kind, stored, tuple(one.dense().to(work.dtype) for one in stored), g)
+    dense = tuple(one.dense().to(work.dtype) for one in stored)
+    return Product(work, pattern, kind, stored, dense, tuple(weights), g)
 
 
 def _pattern(

@@ -18,7 +18,10 @@ SLOTS = 2  # tiles that are known at a time
 
 
 def expresses(kernel: Op) -> bool:
-    """Whether this form can serve a kernel: sides of blocks are powers of two from 16 on, values the call's type."""
+    """Whether this form can serve a kernel: sides of blocks are powers of two from 16 on, values the call's type.
+
+    A warpgroup multiplies 64 rows of x at least.
+    """
     sides = (kernel["rows"], kernel["cols"])
     return (
         kernel["storage"] == "blocks"
@@ -26,6 +29,7 @@ def expresses(kernel: Op) -> bool:
         and kernel["dtype"] in ELEMENTS
         and kernel["values"] == kernel["dtype"]
         and not kernel["scales"]
+        and kernel["block_m"] >= 64 * option(kernel, WARPGROUPS, 1)
         and all(side >= 16 and side & (side - 1) == 0 for side in sides)
     )
 

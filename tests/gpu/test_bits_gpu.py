@@ -128,6 +128,10 @@ def test_cusparselt(m: int) -> None:
     first = run(plain, target(), x, weights)
     weights[0].values.mul_(2)  # the library's form is made anew
     torch.testing.assert_close(run(plain, target(), x, weights), 2 * first)
+    with torch.inference_mode():
+        inferred = [replace(one, values=one.values.clone()) for one in weights]
+        for _ in range(2):
+            torch.testing.assert_close(run(plain, target(), x, inferred), 2 * first)
     y = ops.product(x.view(1, m, 512), tuple(weights), None, "none")
     assert y.is_contiguous()
     assert torch.equal(y[0], 2 * first)

@@ -28,13 +28,8 @@ def test_in_the_interpreter() -> None:
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_ahead_of_time(target: str, part: str, rows: int, dtype: str) -> None:
-    x = torch.empty(1, 1, dtype=getattr(torch, dtype))
-    config = {
-        "up": triton_neurons.up_config(Target.of(target), x, rows),
-        "down": triton_neurons.down_config(x, rows),
-    }.get(part)
-    tile = (1024, 1024, ("warps=8",)) if config is None else (config.block_m, config.block_n, config.options)
-    options = dict(zip(("block_a", "block_n", "options"), tile, strict=True))
+    config = triton_neurons.config_of(Target.of(target), getattr(torch, dtype), part, rows)
+    options = {"block_a": config.block_m, "block_n": config.block_n, "options": config.options}
     kernel = KERNEL.make("neurons", part=part, rows=rows, **{**ATTRIBUTES, "dtype": dtype}, **options)
     binary = program_of(kernel, Target.of(target)).binary(part)
     assert binary.code

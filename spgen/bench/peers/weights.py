@@ -15,11 +15,11 @@ _BLOCKS = 16  # what torch's own kernels take at least
 
 
 def dense(problem: Product | Neurons, x: Tensor) -> Contender:
-    """All weights, zeros included, by torch.nn.functional.linear: cuBLAS, or MKL."""
+    """As many weights, of which none is left out, by torch.nn.functional.linear: cuBLAS, or MKL."""
     if isinstance(problem, Neurons):
         every = problem.dense(x)
         return Contender(lambda plan: every(), pairs=MORE)
-    weights, g = problem.dense, problem.g
+    weights, g = problem.full, problem.g
     if g is not None:
         return Contender(lambda plan: (g.T @ x, g @ weights[0])[1], pairs=MORE)
     if problem.kind == "gated":
@@ -30,10 +30,10 @@ def dense(problem: Product | Neurons, x: Tensor) -> Contender:
 
 
 def onednn(problem: Product, x: Tensor) -> Contender:
-    """All weights by oneDNN, which lays them out for this size beforehand."""
+    """As many weights by oneDNN, which lays them out for this size beforehand."""
     if x.device.type != "cpu" or problem.g is not None or problem.kind == "gated":
         raise Unserved("it is for layers on CPUs")
-    weight = problem.dense[0]
+    weight = problem.full[0]
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
     return Contender(
         lambda plan: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""), pairs=MORE
