@@ -18,7 +18,7 @@ Timer: TypeAlias = Callable[[Call], float]
 
 # So many L2 caches are read between two calls: what is written may be on its way to memory during a call.
 _FLUSHED = 4
-# Reading it takes longer than the host to launch what follows, or is repeated: of a device that waits, the host is timed.
+# That takes longer than the host to launch what follows, or is repeated: a device that waits would time the host.
 _AHEAD, _MOST_FLUSHES = 1.5, 16
 _FEW = 5  # readings, whose quartiles say little
 _MOST = 300  # calls behind one reading

@@ -49,7 +49,8 @@ class Product:
     """y = x W^T, or what a `kind` makes of it; `stored` are the weights, `dense` the same with zeros.
 
     `full` are weights of which none was left out: with zeros a GPU draws less power, and is faster than it would be
-    without them. `kind` "gated" is silu(x gate^T) * (x up^T), "gradients" those of x and of the stored values for a gradient `g`.
+    without them. `kind` "gated" is silu(x gate^T) * (x up^T), "gradients" those of x and of the stored values for a
+    gradient `g`.
     """
 
     work: Rows
