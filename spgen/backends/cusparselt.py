@@ -27,7 +27,7 @@ _SHARES = ((1, 2), (1, 4), (2, 4))  # of which at most 2 of 4 are stored
 
 # by the storage of a weight's values: where in it they begin, their version, and the library's form
 _compressed: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int, Tensor]] = WeakKeyDictionary()
-_algorithms: dict[tuple[object, ...], int] = {}
+_algorithms: dict[tuple[object, ...], tuple[int, ...]] = {}
 _lock = threading.Lock()
 
 
@@ -79,10 +79,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Ten
     key = (x.get_device(), x.dtype, rows, outputs, x.shape[1], bias is not None)
     algorithm = _algorithms.get(key)
     if algorithm is None and not torch.cuda.is_current_stream_capturing():
-        # older versions of PyTorch have the search under another name
-        search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None) or torch._cslt_sparse_mm_search
-        found = search(weight, columns, bias, None, None, True)
-        algorithm = int(found[0] if isinstance(found, (tuple, list)) else found)
-        _algorithms[key] = algorithm
-    out = torch._cslt_sparse_mm(weight, columns, bias=bias, transpose_result=True, alg_id=algorithm or 0)
-    return out[:rows]
+        algorithm = _algorithms[key] = fastest(weight, columns, bias)
+    return multiplied(weight, columns, bias, algorithm or (0,))[:rows]
+
+
+def fastest(weight: Tensor, columns: Tensor, bias: Tensor | None = None) -> tuple[int, ...]:
+    """What the library's search finds for `multiplied`: an algorithm; how many parts it splits sums into, and how."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is None:  # older versions of PyTorch have it under another name, for the algorithm alone
+        return (int(torch._cslt_sparse_mm_search(weight, columns, bias, None, None, True)),)
+    algorithm, splits, how, _ = search(weight, columns, bias, None, None, True)
+    return algorithm, splits, how
+
+
+def multiplied(weight: Tensor, columns: Tensor, bias: Tensor | None, algorithm: tuple[int, ...]) -> Tensor:
+    """(`weight` `columns`)^T + bias of a compressed weight."""
+    return torch._cslt_sparse_mm(weight, columns, bias, None, None, True, *algorithm)

@@ -125,4 +125,5 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "early": False,
         "splits": option(kernel, SPLITS, 0),
         "apart": APART,
+        "parts_at_once": max(min(64 // (block_m * (1 + kernel["gated"])), 4), 1),
     }

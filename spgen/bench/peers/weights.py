@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from spgen.backends.cusparselt import fastest, multiplied
 from spgen.bench.neurons import Neurons
 from spgen.bench.peers import MORE, Contender, Unserved
 from spgen.bench.weights import Product
@@ -64,12 +63,8 @@ def cusparselt(problem: Product | Neurons, x: Tensor) -> Contender:
     compressed = torch._cslt_compress(weight)
     rows = x.shape[0]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -rows % 16))  # what cuSPARSELt takes; laid out, not timed
-    best = torch._cslt_sparse_mm_search(compressed, padded.T)
-
-    def run(plan: Any) -> Tensor:
-        return torch._cslt_sparse_mm(compressed, padded.T, alg_id=best, transpose_result=True)[:rows]
-
-    return Contender(run)
+    best = fastest(compressed, padded.T)
+    return Contender(lambda plan: multiplied(compressed, padded.T, None, best)[:rows])
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
