@@ -138,10 +138,11 @@ def choice(request: Request, sizes: Sizes) -> Choice:
     return replace(found, other_form=others.record is not None)
 
 
-def record_of(target: Target, key: Key, bucket: Bucket) -> Choice:
-    """The record of a kind of kernels with the nearest sizes."""
+def record_of(target: Target, key: Key, bucket: Bucket, default: Config) -> Choice:
+    """The record of a kind of kernels with the nearest sizes, of those that were compared with the call's `default`."""
     known = _candidates(target, key) if settings().records else ()
-    return _nearest(known, key, bucket, toolchain(target), lambda record: True) if known else Choice()
+    compiler = toolchain(target) if known else ""
+    return _nearest(known, key, bucket, compiler, lambda record: record.default == default) if known else Choice()
 
 
 def is_of_form(record: Record, default: Config) -> bool:

@@ -75,7 +75,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Ten
     A search waits for the device: while a graph is captured the library's own choice is taken.
     """
     rows = len(x)
-    columns = pad(x, (0, 0, 0, -rows % _ROWS)).t()
+    blank = -rows % _ROWS
+    columns = (pad(x, (0, 0, 0, blank)) if blank else x).t()  # a pad of nothing is a copy, too
     key = (x.get_device(), x.dtype, rows, outputs, x.shape[1], bias is not None)
     algorithm = _algorithms.get(key)
     if algorithm is None and not torch.cuda.is_current_stream_capturing():

@@ -137,11 +137,15 @@ def sampled_kernel_of(request: Request, config: Config) -> Op:
 
 
 def config_of(request: Request, sizes: Sizes) -> Config:
-    """The configuration that a call gets: the record's with the nearest sizes, else the backend's default."""
+    """The configuration that a call gets: the record's with the nearest sizes, else the backend's default.
+
+    What was measured for other sizes says nothing where the default is another than it was there.
+    """
     from spgen.tuned import record_of
 
-    record = record_of(request.target, *identity_of(request, sizes)).record
-    return default_of(request, sizes) if record is None else record.config
+    default = default_of(request, sizes)
+    record = record_of(request.target, *identity_of(request, sizes), default).record
+    return default if record is None else record.config
 
 
 def default_of(request: Request, sizes: Sizes) -> Config:

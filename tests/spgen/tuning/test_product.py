@@ -23,7 +23,7 @@ from spgen.tuning.compilers import Compilers
 from spgen.tuning.measured import Place
 from spgen.tuning.product import TunedProduct, around
 from spgen.tuning.session import Session
-from spgen.weights.compile import Request, Sizes, config_of
+from spgen.weights.compile import Request, Sizes, config_of, default_of
 from spgen.weights.storage import Layout
 
 pytest.importorskip("tvm")
@@ -67,6 +67,10 @@ def test_a_record_is_found_by_calls_like_it(tmp_path: Path, form: str) -> None:
         assert config_of(request, sizes) == other
         assert config_of(request, replace(sizes, m=2**18)) != other
         assert config_of(replace(request, layout=Layout("blocks", 32, 32)), sizes) != other
+        for m in (17, 1):  # nearest to the record, too: of use where the default is what the record knows
+            near, usual = replace(sizes, m=m), default_of(request, replace(sizes, m=m))
+            assert config_of(request, near) == (other if usual == record.default else usual)
+        assert usual != record.default
     forget()
 
 
