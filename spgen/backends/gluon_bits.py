@@ -22,7 +22,7 @@ from spgen.templates.gluon import expanded, two_of_four
 from spgen.templates.gluon.linear import WARPGROUPS
 from spgen.templates.gluon.two_of_four import ARRANGE, LINEAR
 from spgen.templates.triton.bits import padded, sides
-from spgen.weights.storage import Stored
+from spgen.weights.storage import WORD, Stored
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
@@ -42,6 +42,8 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
     product, where the call has one, is faster.
     """
     if request.target.arch != "sm_90" or not 0 < sizes.m <= (_MOST_ROWS // 2 if has_library else _MOST_ROWS):
+        return None
+    if -(-sizes.k // WORD) % 2:  # rows of bits end within 16 bytes, which no tensor map expresses
         return None
     rows = min(padded(sizes.m, _LEAST_ROWS), _MOST_ROWS // (1 + request.gated))
     sums = rows * (1 + request.gated)

@@ -178,7 +178,7 @@ class LibraryProduct(BitsProduct):
 
 def _portable(kernel: Op) -> Op:
     """The same kernel for weights that tensor maps do not express, and for other GPUs."""
-    config = _cores_config(FEW) if kernel["height"] == "few" else _DENSE
+    config = _cores_config(min(kernel["block_m"], FEW)) if kernel["height"] == "few" else _DENSE
     changed = {"block_m": config.block_m, "block_n": config.block_n, "options": config.options}
     attributes: dict[str, Any] = {**dict(kernel.attrs), **changed}
     return KERNEL.make("linear", **attributes)

@@ -96,7 +96,7 @@ def test_where_weights_are_expanded() -> None:
         config = config_of(request, Sizes(m, n, k, 2048))
         assert config.option("warpgroups") == (1 if m < 64 else 2)
         assert config.option("splits") == splits
-    for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095)):
+    for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095), (64, 14336, 4160)):
         assert config_of(request, Sizes(m, n, k, 2048)).option("warpgroups") == 0
     ampere = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_80"))
     asked = kernel_of(ampere, Sizes(64, 14336, 4096, 2048), Config(64, 128, ("warpgroups=2",)))
