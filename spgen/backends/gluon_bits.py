@@ -48,7 +48,7 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
     rows = min(padded(sizes.m, _LEAST_ROWS), _MOST_ROWS // (1 + request.gated))
     sums = rows * (1 + request.gated)
     pair = sums <= _PAIRED and not request.scales and not request.gated
-    tile, slots = expanded.TILE * (2 - pair), request.target.cores * (1 + pair)
+    tile, slots = expanded.TILE * (2 - pair), max(request.target.cores, 1) * (1 + pair)
     tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // expanded.STEP)
     alone = _ALONE if pair and tiles <= slots // 2 else 1
     splits = steps * -(-tiles // slots) * alone > steps * tiles / slots + _SHARING + sums / _SHARED_ROWS
@@ -143,7 +143,7 @@ class ExpandedProduct:
         tiles = self._tiles(m, n)
         if not option(self.kernel, expanded.SPLITS, 0):
             return tiles
-        return min(self.program.target.cores * (1 + option(self.kernel, "pair", 0)), tiles * steps)
+        return min(max(self.program.target.cores, 1) * (1 + option(self.kernel, "pair", 0)), tiles * steps)
 
     def _tiles(self, m: int, n: int) -> int:
         return -(-n // expanded.rows(self.kernel)) * -(-m // int(self.kernel["block_m"]))
