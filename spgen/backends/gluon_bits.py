@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spgen.backends.triton_compile import TRITON_TYPES, VECTOR
+from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_counters import arrivals
 from spgen.backends.triton_launch import Call, driver
 from spgen.backends.triton_program import Form, Program
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 _MANY_CALLS = 4096
 _LEAST_ROWS, _MOST_ROWS = 8, 256  # of x in a tile
-_PAIRED, _SHARED = 32, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
+# rows of x as they are multiplied: two programs to a multiprocessor, of x in parts too, with more of it on its way; two
+# warpgroups to a row of weights
+_PAIRED, _PAIRED_PARTS, _AMPLE, _SHARED = 32, 64, 32, 64
 # what sharing tiles costs, in steps of a program; rows of x that cost another; a step of one of a pair that is alone
 _SHARING, _SHARED_ROWS, _ALONE = 3, 8, 0.6
 _NARROW = 32  # rows of weights to a multiprocessor, too few for `mma.sp` on one row of x
@@ -45,19 +47,23 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
         return None
     if -(-sizes.k // WORD) % 2:  # rows of bits end within 16 bytes, which no tensor map expresses
         return None
-    rows = min(padded(sizes.m, _LEAST_ROWS), _MOST_ROWS // (1 + request.gated))
-    sums = rows * (1 + request.gated)
-    pair = sums <= _PAIRED and not request.scales and not request.gated
+    weights = 1 + request.gated
+    parts = expanded.parts_of_x(request.values, padded(sizes.m, _LEAST_ROWS) * weights)
+    rows = min(padded(sizes.m, _LEAST_ROWS // parts), _MOST_ROWS // weights)
+    sums = rows * weights * parts
+    most = _PAIRED_PARTS if parts > 1 else 0 if request.scales else _PAIRED
+    pair = sums <= most and not request.gated
     tile, slots = expanded.TILE * (2 - pair), max(request.target.cores, 1) * (1 + pair)
-    tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // expanded.STEP)
+    tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // (expanded.STEP * parts))
     alone = _ALONE if pair and tiles <= slots // 2 else 1
     splits = steps * -(-tiles // slots) * alone > steps * tiles / slots + _SHARING + sums / _SHARED_ROWS
-    if sizes.m <= two_of_four.DIRECT and not (splits and sizes.n <= _NARROW * request.target.cores):
+    if sizes.m <= two_of_four.DIRECT and parts == 1 and not (splits and sizes.n <= _NARROW * request.target.cores):
         return None
     if pair:
-        options = [f"{WARPGROUPS}=1", "shares=2", "stages=3", "together=2", "x_stages=4", "pair=1"]
+        x_stages = 8 if parts > 1 and sums <= _AMPLE else 4
+        options = [f"{WARPGROUPS}=1", "shares=2", "stages=3", "together=2", f"x_stages={x_stages}", "pair=1"]
     else:
-        shares, stages = 2 if sums <= _SHARED else 1, 4 if request.scales else 3
+        shares, stages = 2 if sums <= _SHARED else 1, 4 if request.scales and parts == 1 else 3
         options = [f"{WARPGROUPS}=2", f"shares={shares}", f"stages={stages}"]
     return Config(rows, 128, (*options, f"{expanded.SPLITS}=1") if splits else tuple(options))
 
@@ -70,14 +76,22 @@ def serves(kernel: Op, target: Target) -> bool:
 
 def forms(kernel: Op) -> tuple[Form, ...]:
     """How the functions are compiled."""
-    types = {"data": f"*{TRITON_TYPES[kernel['dtype']]}"}
+    taken = expanded.taken(kernel)
+    types = {"data": f"*{TRITON_TYPES[kernel['dtype']]}", "x": f"*{TRITON_TYPES[taken]}"}
     boxes = {}
     for name, (rows, columns) in expanded.shown(kernel).items():
-        element, item = (TRITON_TYPES[kernel["dtype"]], 2) if name == "arranged_tiles" else ("i32", 4)
+        element, item = (TRITON_TYPES[taken], ELEMENT_BYTES[taken]) if name == "arranged_tiles" else ("i32", 4)
         layout = f"NVMMASharedLayout(swizzle_byte_width={columns * item}, element_bitwidth={8 * item}, rank=4)"
         boxes[name] = f"tensordesc<{element}[1, 1, {rows}, {columns}],{layout}>"
     return (
-        Form(ARRANGE, expanded.parameters(kernel, ARRANGE), types, 1),
+        Form(
+            ARRANGE,
+            expanded.parameters(kernel, ARRANGE),
+            types,
+            VECTOR // 2,
+            expanded.arranging_warps(kernel),
+            early=True,
+        ),
         Form(
             LINEAR,
             expanded.parameters(kernel, LINEAR),
@@ -104,9 +118,11 @@ class ExpandedProduct:
     def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> bool:
         """Write y; x has pairs of columns in words of 32 bits. False where tensor maps do not express the weights."""
         m, k = x.shape
-        steps = -(-k // expanded.STEP)
-        arranged = x.new_empty(m, steps * expanded.STEP)
-        tensors = [arranged, *_stored(weights), *([] if bias is None else [bias]), y, *self._shared(x, y, steps)]
+        width, parts = expanded.step(self.kernel), expanded.parts(self.kernel)
+        steps = -(-k // width)
+        arranged = x.new_empty(m * parts, steps * width, dtype=getattr(torch, expanded.taken(self.kernel)))
+        made = [arranged] if parts == 1 else [arranged, x.new_empty(m, dtype=torch.float32)]
+        tensors = [*made, *_stored(weights), *([] if bias is None else [bias]), y, *self._shared(x, y, steps)]
         pointers = [tensor.data_ptr() for tensor in tensors]
         key = (x.get_device(), m, k, y.shape[1])
         with self._lock:
@@ -117,8 +133,11 @@ class ExpandedProduct:
             call = self._calls[key]
         if call is None or any(pointer % VECTOR for pointer in pointers):
             return False
-        programs = m * -(-steps // expanded.ARRANGED)
-        self.program.launch(ARRANGE, [x, arranged], (k // 2, steps, x.stride(0) // 2), programs)
+        if parts == 1:
+            programs = m * -(-steps // expanded.ARRANGED)
+            self.program.launch(ARRANGE, [x, arranged], (k // 2, steps, x.stride(0) // 2), programs)
+        else:
+            self.program.launch(ARRANGE, [x, *made], (k, steps, x.stride(0)), m)
         call(pointers)
         return True
 

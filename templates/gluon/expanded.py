@@ -1,7 +1,7 @@
 """What the Gluon template of 2:4 products that expand weights in registers needs to know about a level-3 kernel.
 
-`parameters` is also the contract with the launcher. Values and bits are words of 32 bits; `k` counts pairs of columns,
-`steps` 256 columns.
+`parameters` is also the contract with the launcher. Values and bits are words of 32 bits; `k` counts pairs of columns.
+Where x comes in parts of float8 (`parts_of_x`), `k` counts columns.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spgen.ir.kernel import option
+from spgen.ir.kernel import FLOAT8, option
 from spgen.ir.node import Op
 from spgen.templates.gluon.linear import ELEMENTS, WARPGROUPS
 from spgen.templates.gluon.two_of_four import ARRANGE, LINEAR, WORDS
@@ -18,13 +18,15 @@ from spgen.templates.triton.bits import halvings, sides
 
 ENTRIES = (ARRANGE, LINEAR)
 TILE = 64  # rows of weights that a warpgroup multiplies
-STEP = 256  # columns
+STEP = 256  # columns of values that are widened, and of those of 16 bits
 SPLITS = "splits"  # the option by which programs share tiles
 APART = 32  # counters, a line of the cache
 ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
+ARRANGED_WARPS = 16  # of a program that takes a row apart
 _BOX = 32  # words of a row that lie side by side in shared memory
+_PARTED = 64  # columns of sums, of x that comes in parts: the latest of both parts are kept beside them
 _X_BYTES = 64 * 2**10  # of shared memory for x
-_REGISTERS = {1: 232, 2: 232, 3: 152, 4: 104}  # by warpgroups
+_REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # by warpgroups
 _PAIR_CAP, _PAIR_REGISTERS = 80, 96  # of three warpgroups, of which two multiply; two programs to a multiprocessor
 _QUARTER = 128  # bytes of a row of x
 
@@ -33,18 +35,52 @@ def expresses(kernel: Op) -> bool:
     """Whether this form can serve a kernel: 2:4 values, 8 to 256 rows of x in a tile."""
     stored = (kernel["storage"], kernel["rows"], kernel["cols"]) == ("n_of_m", 2, 4) and not kernel["transposed"]
     values = kernel["values"] == kernel["dtype"] or (kernel["scales"] and kernel["dtype"] == "bfloat16")
-    rows = kernel["block_m"]
-    return bool(stored and kernel["dtype"] in ELEMENTS and values and 8 <= rows <= 256 and rows & (rows - 1) == 0)
+    rows, least = kernel["block_m"], 8 // parts(kernel)
+    return bool(stored and kernel["dtype"] in ELEMENTS and values and least <= rows <= 256 and rows & (rows - 1) == 0)
+
+
+def parts_of_x(values: str, sums: int) -> int:
+    """Of how many float8 numbers each of x is the sum; 1: x is as it is.
+
+    Two of them, the second of what the first leaves, hold the eight bits of bf16, and float8 values need no widening.
+    `sums` are columns of sums: rows of x for each weight.
+    """
+    return 2 if values == FLOAT8 and sums <= _PARTED else 1
+
+
+def parts(kernel: Op) -> int:
+    """Likewise for a kernel."""
+    return parts_of_x(kernel["values"], int(kernel["block_m"]) * len(sides(kernel)))
+
+
+def taken(kernel: Op) -> str:
+    """The type of x as it is multiplied."""
+    return FLOAT8 if parts(kernel) > 1 else str(kernel["dtype"])
+
+
+def arranging_warps(kernel: Op) -> int:
+    """Of a program of `arrange`."""
+    return ARRANGED_WARPS if parts(kernel) > 1 else 4
+
+
+def step(kernel: Op) -> int:
+    """Columns of a step: twice as many of float8."""
+    return STEP * parts(kernel)
+
+
+def words(kernel: Op) -> int:
+    """32-bit words of a thread's values of a quarter of a row of a step."""
+    return WORDS[kernel["values"]] * parts(kernel)
 
 
 def box(kernel: Op) -> int:
     """Words of a row of values in a box."""
-    return min(WORDS[kernel["values"]] * 16, _BOX)
+    return min(words(kernel) * 16, _BOX)
 
 
 def boxes(kernel: Op) -> int:
     """Boxes of values in a step."""
-    return WORDS[kernel["values"]] * 16 // box(kernel)
+    return words(kernel) * 16 // box(kernel)
 
 
 def rows(kernel: Op) -> int:
@@ -54,7 +90,7 @@ def rows(kernel: Op) -> int:
 
 def x_stages(kernel: Op) -> int:
     """Quarters of x on their way. Of several shares each has slots of its own: its warps know no other's phases."""
-    fitting = max(min(_X_BYTES // (int(kernel["block_m"]) * _QUARTER), 12), 3)
+    fitting = max(min(_X_BYTES // (parts(kernel) * int(kernel["block_m"]) * _QUARTER), 12), 3)
     count = option(kernel, "x_stages", fitting)
     return count if option(kernel, "shares", 1) == 1 else max(count // 4 * 4, 4)
 
@@ -63,8 +99,11 @@ def shown(kernel: Op) -> dict[str, tuple[int, int]]:
     """By descriptor, rows and columns of what it moves at once."""
     moved: dict[str, tuple[int, int]] = {}
     for side in sides(kernel):
-        moved |= {f"values_{side}_tiles": (rows(kernel), box(kernel)), f"bits_{side}_tiles": (rows(kernel), STEP // 32)}
-    return moved | {"arranged_tiles": (int(kernel["block_m"]), STEP // 4)}
+        moved |= {
+            f"values_{side}_tiles": (rows(kernel), box(kernel)),
+            f"bits_{side}_tiles": (rows(kernel), step(kernel) // 32),
+        }
+    return moved | {"arranged_tiles": (parts(kernel) * int(kernel["block_m"]), step(kernel) // 4)}
 
 
 def cap(kernel: Op) -> int:
@@ -78,10 +117,16 @@ def parameters(kernel: Op, entry: str) -> tuple[Parameter, ...]:
 
 
 def _parameters(kernel: Op, entry: str) -> Iterator[tuple[str, str]]:
+    if entry == ARRANGE and parts(kernel) > 1:
+        yield from (("x", "data"), ("arranged", "x"), ("factors", "*fp32"))
+        yield from (("k", "size"), ("steps", "i32"), ("x_m", "step"))
+        return
     if entry == ARRANGE:
         yield from (("x", "*i32"), ("arranged", "*i32"), ("k", "i32"), ("steps", "i32"), ("x_m", "i64"))
         return
-    yield "arranged", "data"
+    yield "arranged", "x"
+    if parts(kernel) > 1:
+        yield "factors", "*fp32"
     for side in sides(kernel):
         yield from ((f"values_{side}", "*i32"), (f"bits_{side}", "*i32"))
         if kernel["scales"]:
@@ -102,7 +147,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "text": str(kernel),
         "jit": "gluon.jit",
         "parameters": {entry: parameters(kernel, entry) for entry in ENTRIES},
-        "words": WORDS[kernel["values"]],
+        "x_parts": parts(kernel),
+        "words": words(kernel),
         "values": kernel["values"],
         "element": ELEMENTS[kernel["dtype"]],
         "scales": kernel["scales"],
@@ -121,6 +167,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "registers": _PAIR_REGISTERS
         if option(kernel, "pair", 0)
         else _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
+        "arranged": 512 * ARRANGED_WARPS,
         "halvings": halvings,
         "early": False,
         "splits": option(kernel, SPLITS, 0),

@@ -76,7 +76,10 @@ def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, co
      (128, "float8_e4m3fn", True, ("stages=3",)), (8, "int4", False, ("shares=2", "together=2")),
      (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "pair=1")),
      (64, "bfloat16", False, ("shares=2", "splits=1")), (16, "int4", True, ("shares=1", "splits=1")),
-     (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "pair=1", "splits=1"))],
+     (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "pair=1", "splits=1")),
+     (4, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "pair=1")),
+     (16, "float8_e4m3fn", True, ("shares=2",)),
+     (16, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "pair=1", "splits=1"))],
 )  # fmt: skip
 def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tuple[str, ...]) -> None:
     scales = values != "bfloat16"
@@ -96,6 +99,10 @@ def test_where_weights_are_expanded() -> None:
         config = config_of(request, Sizes(m, n, k, 2048))
         assert config.option("warpgroups") == (1 if m < 64 else 2)
         assert config.option("splits") == splits
+    few = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "float8_e4m3fn", True, Target.of("sm_90"))
+    for m, rows, pair in ((1, 4, 1), (16, 16, 1), (32, 32, 1), (64, 64, 0), (100, 128, 0)):
+        config = config_of(few, Sizes(m, 14336, 4096, 2048))
+        assert (config.block_m, config.option("pair")) == (rows, pair)
     for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095), (64, 14336, 4160)):
         assert config_of(request, Sizes(m, n, k, 2048)).option("warpgroups") == 0
     ampere = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_80"))

@@ -20,7 +20,7 @@ from spgen.templates.render import render
 from spgen.weights.compile import Request, Sizes, kernel_of
 from spgen.weights.storage import Layout, Stored, dequantized, pack, quantized
 
-ROWS, COLUMNS = 64, 256
+ROWS = 64
 
 
 def kernel(values: str, block_m: int = 8, **flags: Any) -> Op:
@@ -45,14 +45,19 @@ def layout(*fields: Any, **named: Any) -> SimpleNamespace:
 def assembled(text: str, _: str, operands: list[Any], **named: Any) -> Any:
     """What the two pieces of assembly of the template do."""
     words = [np.asarray(one).astype(np.int64) & 0xFFFFFFFF for one in operands]
+    if named.get("pack") == 4:
+        return words[0] >> 8 * np.arange(4) & 0xFF  # of four copies a byte each
     if "shfl" not in text:
         return (words[0] & 0xFFFF).astype(np.uint16), (words[0] >> 16).astype(np.uint16)
     pairs, codes, choice = words
     lanes = choice[0, 0, :, :, 0].reshape(32)  # thread t of four in row g is lane 4 g + t
-    choice = lanes[codes & 31]
     source = [pairs >> 8 * i & 0xFF if i < 4 else 0 * pairs for i in range(8)]
+    if "xor" in text:
+        selectors = lanes[codes & 31], lanes[codes >> 4 & 31] ^ 0x2222
+    else:
+        selectors = lanes[codes & 31], lanes[codes & 31] >> 16
     placed = []
-    for selected in (choice, choice >> 16):
+    for selected in selectors:
         nibbles = [selected >> 4 * i & 15 for i in range(4)]
         assert all((nibble < 8).all() for nibble in nibbles)
         placed.append(sum(np.choose(nibble, source) << 8 * i for i, nibble in enumerate(nibbles)))
@@ -66,12 +71,12 @@ def fake(store: Callable[..., None]) -> dict[str, ModuleType]:
     names = ("NVMMADistributedLayout", "SliceLayout", "DotOperandLayout", "BlockedLayout", "DistributedLinearLayout")
     known: dict[str, Any] = dict.fromkeys(names, layout)
     known |= {
-        "constexpr": lambda value: value if isinstance(value, int) else SimpleNamespace(value=value),
-        "int32": np.int64, "bfloat16": None, "float16": None, "inline_asm_elementwise": assembled,
+        "constexpr": lambda value: value if isinstance(value, int | float) else SimpleNamespace(value=value),
+        "int32": np.int64, "float8e4nv": None, "bfloat16": None, "float16": None, "inline_asm_elementwise": assembled,
         "arange": lambda first, last, _=None: np.arange(first, last, dtype=np.int64),
         "where": np.where, "reshape": np.reshape, "permute": np.transpose,
         "join": lambda a, b: np.stack((a, b), -1), "split": lambda a: (a[..., 0], a[..., 1]),
-        "broadcast": lambda a, b: np.broadcast_arrays(a, b),
+        "full": lambda shape, value, *_: np.full(shape, value), "broadcast": lambda a, b: np.broadcast_arrays(a, b),
         "convert_layout": lambda value, *_, **__: value,
     }  # fmt: skip
     gl.__dict__.update(known)
@@ -111,57 +116,112 @@ def widened(words: Any, group: int, values: str) -> Any:
     return first | second << 16
 
 
-def weight(values: str) -> Stored:
+def weight(values: str, columns: int) -> Stored:
     generator = torch.Generator().manual_seed(1)
-    dense = torch.randn(ROWS, COLUMNS, generator=generator).bfloat16()
-    order = torch.rand(ROWS, COLUMNS // 4, 4, generator=generator).argsort(-1)
-    kept = (order < 2).flatten(1) & (torch.rand(ROWS, COLUMNS, generator=generator) < 0.7)
+    dense = torch.randn(ROWS, columns, generator=generator).bfloat16()
+    order = torch.rand(ROWS, columns // 4, 4, generator=generator).argsort(-1)
+    kept = (order < 2).flatten(1) & (torch.rand(ROWS, columns, generator=generator) < 0.7)
     stored = pack(dense, kept, Layout("n_of_m", 2, 4))
     return stored if values == "bfloat16" else quantized(stored, values)
 
 
-def arranged(x: torch.Tensor, one: Op) -> Any:
-    """A row of x as `arrange` writes it: pairs of columns."""
-    pairs, out = x.view(torch.int32).numpy().astype(np.int64), np.full(COLUMNS // 2, -1, np.int64)
+class Tensor(np.ndarray):  # type: ignore[type-arg]
+    """An array with the conversions that `arrange` makes."""
 
-    def store(at: Any, value: Any, mask: Any) -> None:
-        out[at[mask]] = value[mask]
+    def to(self, dtype: Any, bitcast: bool = False) -> Tensor:
+        if dtype == "float8e4nv":
+            return tensor(torch.from_numpy(np.asarray(self)).to(torch.float8_e4m3fn).float().numpy())
+        return (np.atleast_1d(self).view(dtype).reshape(self.shape) if bitcast else self.astype(dtype)).view(Tensor)
+
+
+def tensor(value: Any) -> Tensor:
+    return np.asarray(value).view(Tensor)
+
+
+def arranged(x: torch.Tensor, one: Op) -> Any:
+    """A row of x as `arrange` writes it, float64."""
+    parts, columns = expanded.parts(one), expanded.step(one)
+    # apart: numbers of 32 bits, where two of x are one; and where the factor goes
+    source = x.float().numpy() if parts > 1 else x.view(torch.int32).numpy().astype(np.int64)
+    out, factors = np.full(parts * len(source), np.nan), []
+
+    def store(at: Any, value: Any, mask: Any = None) -> None:
+        if mask is None:
+            factors.append(float(value))
+        else:
+            out[at[mask]] = value[mask]
 
     names = loaded(one, store)
     tl = names["tl"]
-    tl.program_id = lambda _: Number(0)
-    tl.load = lambda at, mask, other: np.where(mask, pairs[np.where(mask, at, 0)], other)
+    tl.__dict__.update({
+        "program_id": lambda _: Number(0), "float32": np.float32, "int32": np.int32, "float8e4nv": "float8e4nv",
+        "full": lambda shape, value, dtype: tensor(np.full(shape, value, dtype)), "abs": np.abs, "maximum": np.maximum,
+        "max": lambda values, _: tensor(values.max(0)),
+        "where": lambda *choice: tensor(np.where(*choice)),
+        "load": lambda at, mask, other: tensor(np.where(mask, source[np.where(mask, at, 0)], source.dtype.type(other))),
+    })  # fmt: skip
     parameters = dict.fromkeys(parameter.name for parameter in expanded.parameters(one, "arrange"))
-    names["arrange"](**{**parameters, "x": 0, "arranged": 0, "k": len(pairs), "steps": 1, "x_m": 0})
-    return out
+    given = {"x": 0, "arranged": 0, "k": len(source), "steps": 1, "x_m": 0}
+    with np.errstate(invalid="ignore"):
+        names["arrange"](**{**parameters, **given, **({"factors": 0} if parts > 1 else {})})
+    if parts > 1:
+        return (out[:columns] + out[columns:] / 16) * factors[0]
+    pairs = out.astype(np.int64)
+    lying = np.stack((pairs & 0xFFFF, pairs >> 16 & 0xFFFF), -1).reshape(-1).astype(np.uint32)
+    return (lying << 16).view(np.float32).astype(np.float64)
 
 
 def quarter(names: dict[str, Any], stored: Stored, one: Op, at: int) -> Any:
-    """64 rows by a quarter's 64 columns as the tensor cores take them, float32."""
+    """64 rows by a quarter's columns as the tensor cores take them, float32."""
     boxes, near = expanded.boxes(one), 4 // expanded.boxes(one)
     words = stored.values.view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
     bits = stored.index[0].view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
     tile = words.reshape(ROWS, boxes, -1)[:, at // near].reshape(4, 2, 8, 4, near, -1)[..., at % near, :]
+    if expanded.parts(one) > 1:
+        dense = names["operand"](tile, bits.reshape(4, 2, 8, 2, 4, 2)[:, :, :, at // 2, :, at % 2], names["choices"]())
+        return torch.from_numpy(dense.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
     halves = bits.reshape(4, 2, 8, *((2, 4) if boxes == 2 else (4, 2)))
     half = halves[:, :, :, at // 2] if boxes == 2 else halves[..., at // 2]
     dense = names["operand"](tile, half, names["choices"](), at)
     return (dense.astype(np.uint32) << 16).view(np.float32)
 
 
-@pytest.mark.parametrize("values", ["bfloat16", "float8_e4m3fn", "int8", "int4"])
-def test_the_order_of_columns_and_the_places_of_values(values: str) -> None:
-    one, stored = kernel(values), weight(values)
-    x = torch.randn(COLUMNS).bfloat16()
-    pairs = arranged(x, one)
-    lying = np.stack((pairs & 0xFFFF, pairs >> 16 & 0xFFFF), -1).reshape(-1).astype(np.uint32)
-    columns = (lying << 16).view(np.float32).astype(np.float64)
+@pytest.mark.parametrize(
+    ("values", "m"), [("bfloat16", 8), ("float8_e4m3fn", 8), ("float8_e4m3fn", 128), ("int8", 8), ("int4", 8)]
+)
+def test_the_order_of_columns_and_the_places_of_values(values: str, m: int) -> None:
+    one = kernel(values, m)
+    assert expanded.parts(one) == (2 if (values, m) == ("float8_e4m3fn", 8) else 1)
+    step = expanded.step(one)
+    stored = weight(values, step)
+    x = torch.randn(step).bfloat16()
+    columns = arranged(x, one)
     names = loaded(one)
-    total = sum(quarter(names, stored, one, at) @ columns[64 * at : 64 * at + 64] for at in range(4))
+    of = step // 4
+    total = sum(quarter(names, stored, one, at) @ columns[of * at : of * at + of] for at in range(4))
     plain = stored if stored.scales is None else Stored(
         stored.layout, stored.shape, dequantized(stored) / stored.scales[:, None], stored.index
     )  # fmt: skip
     wanted = plain.dense().double().numpy() @ x.double().numpy()
     assert np.linalg.norm(total - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 3e37])
+def test_two_parts_of_float8_are_bf16(size: float) -> None:
+    """But for what is less than 2^-21 of the row's largest; infinity anywhere makes the row's factor NaN."""
+    one = kernel("float8_e4m3fn")
+    x = (torch.randn(512, generator=torch.Generator().manual_seed(2)) * size).bfloat16()
+    x[::5] *= 2.0**-9
+    x[::7] *= 2.0**-17
+    x[3] = 0.0
+    found, wanted = np.sort(arranged(x, one)), np.sort(x.double().numpy())
+    largest = np.abs(wanted).max()
+    assert np.abs(found - wanted).max() <= 2.0**-21 * largest
+    exact = np.abs(wanted) >= 2.0**-7 * largest
+    assert exact.sum() > 300
+    assert (found == wanted)[exact].all()
+    x[9] = float("inf")
+    assert np.isnan(arranged(x, one)).all()
 
 
 def test_what_the_form_expresses() -> None:
