@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 _MANY_CALLS = 4096
 _LEAST_ROWS, _MOST_ROWS = 8, 256  # of x in a tile
-# rows of x as they are multiplied: two programs to a multiprocessor, of x in parts too, with more of it on its way; two
-# warpgroups to a row of weights
-_PAIRED, _PAIRED_PARTS, _AMPLE, _SHARED = 32, 64, 32, 64
+_PAIRED, _SHARED = 16, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
+_NEAR = 32  # rows of x of which eight quarters on their way are enough
 # what sharing tiles costs, in steps of a program; rows of x that cost another; a step of one of a pair that is alone
 _SHARING, _SHARED_ROWS, _ALONE = 3, 8, 0.6
 _NARROW = 32  # rows of weights to a multiprocessor, too few for `mma.sp` on one row of x
@@ -50,21 +49,25 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
     weights = 1 + request.gated
     parts = expanded.parts_of_x(request.values, padded(sizes.m, _LEAST_ROWS) * weights)
     rows = min(padded(sizes.m, _LEAST_ROWS // parts), _MOST_ROWS // weights)
-    sums = rows * weights * parts
-    most = _PAIRED_PARTS if parts > 1 else 0 if request.scales else _PAIRED
-    pair = sums <= most and not request.gated
+    sums = rows * weights
+    widened = request.scales and parts == 1
+    pair = sums <= _PAIRED and not request.gated and not widened
     tile, slots = expanded.TILE * (2 - pair), max(request.target.cores, 1) * (1 + pair)
     tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // (expanded.STEP * parts))
     alone = _ALONE if pair and tiles <= slots // 2 else 1
     splits = steps * -(-tiles // slots) * alone > steps * tiles / slots + _SHARING + sums / _SHARED_ROWS
-    if sizes.m <= two_of_four.DIRECT and parts == 1 and not (splits and sizes.n <= _NARROW * request.target.cores):
+    direct = two_of_four.DIRECT if widened else 1 if parts == 1 else 0  # rows of x for `mma.sp`
+    if sizes.m <= direct and not (splits and sizes.n <= _NARROW * request.target.cores):
         return None
     if pair:
-        x_stages = 8 if parts > 1 and sums <= _AMPLE else 4
-        options = [f"{WARPGROUPS}=1", "shares=2", "stages=3", "together=2", f"x_stages={x_stages}", "pair=1"]
+        options = [f"{WARPGROUPS}=1", "shares=2", "stages=2", "together=2", f"x_stages={4 * parts}", "pair=1"]
+    elif widened or request.gated:
+        shares = 2 if sums <= _SHARED and parts == 1 else 1
+        options = [f"{WARPGROUPS}=2", f"shares={shares}", f"stages={2 if widened else 3}"]
     else:
-        shares, stages = 2 if sums <= _SHARED else 1, 4 if request.scales and parts == 1 else 3
-        options = [f"{WARPGROUPS}=2", f"shares={shares}", f"stages={stages}"]
+        stages, together = 2 if parts > 1 or splits else 3, 2 if sums <= _SHARED else 1
+        options = [f"{WARPGROUPS}=2", f"stages={stages}", f"together={together}"]
+        options += ["x_stages=8"] if rows <= _NEAR else []
     return Config(rows, 128, (*options, f"{expanded.SPLITS}=1") if splits else tuple(options))
 
 

@@ -25,7 +25,7 @@ ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
 ARRANGED_WARPS = 16  # of a program that takes a row apart
 _BOX = 32  # words of a row that lie side by side in shared memory
 _PARTED = 64  # columns of sums, of x that comes in parts: the latest of both parts are kept beside them
-_X_BYTES = 64 * 2**10  # of shared memory for x
+_X_BYTES = 96 * 2**10  # of shared memory for x, beside one weight of 16 bits; beside more two thirds
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # by warpgroups
 _PAIR_CAP, _PAIR_REGISTERS = 80, 96  # of three warpgroups, of which two multiply; two programs to a multiprocessor
 _QUARTER = 128  # bytes of a row of x
@@ -90,7 +90,9 @@ def rows(kernel: Op) -> int:
 
 def x_stages(kernel: Op) -> int:
     """Quarters of x on their way. Of several shares each has slots of its own: its warps know no other's phases."""
-    fitting = max(min(_X_BYTES // (parts(kernel) * int(kernel["block_m"]) * _QUARTER), 12), 3)
+    alone = kernel["values"] == kernel["dtype"] and not kernel["gated"] and option(kernel, "shares", 1) == 1
+    room = _X_BYTES if alone else _X_BYTES * 2 // 3
+    fitting = max(min(room // (parts(kernel) * int(kernel["block_m"]) * _QUARTER), 12), 3)
     count = option(kernel, "x_stages", fitting)
     return count if option(kernel, "shares", 1) == 1 else max(count // 4 * 4, 4)
 

@@ -100,7 +100,7 @@ def test_where_weights_are_expanded() -> None:
         assert config.option("warpgroups") == (1 if m < 64 else 2)
         assert config.option("splits") == splits
     few = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "float8_e4m3fn", True, Target.of("sm_90"))
-    for m, rows, pair in ((1, 4, 1), (16, 16, 1), (32, 32, 1), (64, 64, 0), (100, 128, 0)):
+    for m, rows, pair in ((1, 4, 1), (16, 16, 1), (32, 32, 0), (64, 64, 0), (100, 128, 0)):
         config = config_of(few, Sizes(m, 14336, 4096, 2048))
         assert (config.block_m, config.option("pair")) == (rows, pair)
     for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095), (64, 14336, 4160)):
