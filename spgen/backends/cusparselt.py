@@ -6,15 +6,14 @@ Neural Networks", 2021). Triton cannot say them.
 
 from __future__ import annotations
 
-import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from spgen.backends.derived import Derived
 from spgen.target import Target
 
 if TYPE_CHECKING:
@@ -25,10 +24,8 @@ _ROWS = 16  # of x
 _DTYPES = ("bfloat16", "float16")
 _SHARES = ((1, 2), (1, 4), (2, 4))  # of which at most 2 of 4 are stored
 
-# by the storage of a weight's values: where in it they begin, their version, and the library's form
-_compressed: WeakKeyDictionary[torch.UntypedStorage, tuple[int, int, Tensor]] = WeakKeyDictionary()
+_compressed: Derived[Tensor] = Derived()  # the library's form of a weight, by its values
 _algorithms: dict[tuple[object, ...], tuple[int, ...]] = {}
-_lock = threading.Lock()
 
 
 def serves(request: Request, sizes: Sizes) -> bool:
@@ -50,23 +47,12 @@ def is_there(target: Target) -> bool:
 
 def known(values: Tensor) -> Tensor | None:
     """The library's form of the weight with these stored values, if it was made and they have not changed since."""
-    found = _compressed.get(values.untyped_storage())
-    if found is None or found[:2] != (values.storage_offset(), _version(values)):
-        return None
-    return found[2]
+    return _compressed.get(values)
 
 
 def compressed(values: Tensor, weight: Tensor) -> Tensor:
     """The library's form of `weight` [N, K], kept as long as its stored `values`."""
-    made = torch._cslt_compress(weight)
-    with _lock:
-        _compressed[values.untyped_storage()] = (int(values.storage_offset()), _version(values), made)
-    return made
-
-
-def _version(values: Tensor) -> int:
-    """How often values changed; those made in inference mode do not count it, and are taken to be constant."""
-    return 0 if values.is_inference() else values._version
+    return _compressed.keep(values, torch._cslt_compress(weight))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -6,8 +6,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from spgen.backends.derived import Derived
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_launch import Call, driver
 from spgen.backends.triton_program import Form, Program
@@ -17,11 +19,13 @@ from spgen.settings import triton_interpreted
 from spgen.target import Target
 from spgen.templates.gluon import linear
 from spgen.templates.triton.linear import weights as names_of
+from spgen.weights.pairs import Pairs, pairs_of
 from spgen.weights.storage import Stored
 
 _MANY_CALLS = 4096
 _X_BYTES = 16 * 2**20  # of x that row tiles take together
-_OWN_OPTIONS = (linear.WARPGROUPS, "stages")
+_OWN_OPTIONS = (linear.WARPGROUPS, linear.PAIRED, "stages")
+_pairs: Derived[Pairs] = Derived()  # by the columns of a weight's lists
 
 
 def serves(kernel: Op, target: Target) -> bool:
@@ -54,6 +58,17 @@ def group_of(kernel: Op, x: Tensor, tiles: int) -> int:
     return max(min(option(kernel, "group", fitting), tiles), 1)
 
 
+def lists_of(kernel: Op, weight: Stored) -> tuple[Tensor, ...]:
+    """Where lists begin, their columns, and where their blocks are, if not in the lists' order."""
+    indptr, columns, _, back_indptr, back_columns, blocks, _ = weight.index
+    return (back_indptr, back_columns, blocks) if kernel["transposed"] else (indptr, columns)
+
+
+def order_of(kernel: Op, weight: Stored) -> Tensor:
+    """Lists by falling length."""
+    return weight.index[6 if kernel["transposed"] else 2]
+
+
 class HopperProduct:
     """The launches that tensor maps can express."""
 
@@ -65,30 +80,52 @@ class HopperProduct:
         self._calls: dict[tuple[Any, ...], Call | None] = {}
         self._lock = threading.Lock()
 
-    def __call__(self, tensors: Sequence[Tensor], weights: Sequence[Stored]) -> bool:
-        """Launch over the arguments in their order, of which x is the first and y the last; False where it cannot."""
-        x, y = tensors[0], tensors[-1]
+    def __call__(self, x: Tensor, weights: Sequence[Stored], rest: Sequence[Tensor]) -> bool:
+        """Launch; `rest` are the bias, if there is one, and y. False where tensor maps cannot express it.
+
+        Lists by twos are made at a weight's first call, which waits for the device: not while a graph is captured.
+        """
+        if linear.paired(self.kernel):
+            (weight,) = weights
+            pairs = self._pairs(weight)
+            if pairs is None:
+                return False
+            index = [pairs.lists, pairs.bounds, pairs.columns, pairs.places]
+            tensors = [x, weight.values, *index, *rest]
+            lists = len(pairs.lists)
+        else:
+            stored = [one for weight in weights for one in (weight.values, *lists_of(self.kernel, weight))]
+            order = order_of(self.kernel, weights[0])
+            tensors, lists = [x, *stored, order, *rest], len(order)
+        y = rest[-1]
         pointers = [tensor.data_ptr() for tensor in tensors]
-        key = (x.get_device(), x.shape, x.stride(0), y.shape, *[len(weight.values) for weight in weights])
+        key = (x.get_device(), x.shape, x.stride(0), y.shape, lists, *[len(weight.values) for weight in weights])
         with self._lock:
             if key not in self._calls:
                 if len(self._calls) >= _MANY_CALLS:
                     self._calls.clear()
-                self._calls[key] = self._prepared(x, weights, y)
+                self._calls[key] = self._prepared(x, weights, y, lists)
             call = self._calls[key]
         if call is None or any(pointer % VECTOR for pointer in pointers):
             return False
         call(pointers)
         return True
 
-    def _prepared(self, x: Tensor, weights: Sequence[Stored], y: Tensor) -> Call | None:
+    def _pairs(self, weight: Stored) -> Pairs | None:
+        indptr, columns, *places = lists_of(self.kernel, weight)
+        per = linear.per(self.kernel)
+        found = _pairs.get(columns, per)
+        if found is None and not torch.cuda.is_current_stream_capturing():
+            found = _pairs.keep(columns, pairs_of(indptr, columns, places[0] if places else None, per), per)
+        return found
+
+    def _prepared(self, x: Tensor, weights: Sequence[Stored], y: Tensor, lists: int) -> Call | None:
         if not (all(weight.values.numel() for weight in weights) and x.numel() and driver().has_tensor_maps):
             return None
         if x.stride(0) * x.element_size() % VECTOR or y.shape[1] * y.element_size() % VECTOR:
             return None
         m, width = y.shape
-        out, tiles = linear.sides(self.kernel)[0], -(-m // self.kernel["block_m"])
-        lists = -(-width // out)
+        out, tiles = linear.sides_of(self.kernel)[0], -(-m // self.kernel["block_m"])
         tickets = tiles * lists * (out // linear.width(self.kernel))
         places = {parameter.name: place for place, parameter in enumerate(linear.parameters(self.kernel))}
         shown = [(places["x"], x[None, None])]

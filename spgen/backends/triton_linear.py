@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spgen.backends import cusparselt, gluon_linear
-from spgen.backends.gluon_linear import HopperProduct, group_of
+from spgen.backends.gluon_linear import HopperProduct, group_of, lists_of, order_of
 from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.backends.triton_compile import ELEMENT_BYTES, TRITON_TYPES, VECTOR
 from spgen.backends.triton_linear_schedule import default_config as default_config
@@ -88,12 +88,14 @@ class BlockProduct:
         """Write y; shapes, dtypes and devices are the caller's promise (spgen.weights.compile.Backend)."""
         if not y.numel():
             return
-        tensors, results = [x], [y] if bias is None else [bias, y]
-        for weight in weights:
-            tensors += self._tensors(weight)
-        order = weights[0].index[6 if self.kernel["transposed"] else 2]
-        if self.hopper is not None and self.hopper([*tensors, order, *results], weights):
+        results = [y] if bias is None else [bias, y]
+        if self.hopper is not None and self.hopper(x, weights, results):
             return
+        tensors = [x]
+        for weight in weights:
+            scales = [] if weight.scales is None else [weight.scales]
+            tensors += [weight.values, *scales, *lists_of(self.kernel, weight)]
+        order = order_of(self.kernel, weights[0])
         if linear.is_ordered(self.kernel):
             tensors.append(order)
         m, width = y.shape
@@ -113,11 +115,6 @@ class BlockProduct:
         if self.hopper is not None:
             return self.hopper.program.binary(LINEAR).resources
         return self.program.precompile(LINEAR)
-
-    def _tensors(self, weight: Stored) -> list[Tensor]:
-        indptr, indices, _, back_indptr, back_indices, blocks, _ = weight.index
-        lists = (back_indptr, back_indices, blocks) if self.kernel["transposed"] else (indptr, indices)
-        return [weight.values, *([] if weight.scales is None else [weight.scales]), *lists]
 
 
 class BlockGradient:

@@ -15,6 +15,7 @@ ELEMENTS = {"bfloat16": "bfloat16", "float16": "float16"}
 LANES = 64  # of a box: 128 bytes, which lie side by side in shared memory
 WIDEST = 128  # columns of y that a warpgroup keeps in registers
 SLOTS = 2  # tiles that are known at a time
+PAIRED = "paired"  # the option by which a tile has the columns of two lists, see spgen/weights/pairs.py
 
 
 def expresses(kernel: Op) -> bool:
@@ -31,22 +32,28 @@ def expresses(kernel: Op) -> bool:
         and not kernel["scales"]
         and kernel["block_m"] >= 64 * option(kernel, WARPGROUPS, 1)
         and all(side >= 16 and side & (side - 1) == 0 for side in sides)
+        and not (paired(kernel) and (kernel["gated"] or sides_of(kernel)[0] > WIDEST // 2))
     )
 
 
-def sides(kernel: Op) -> tuple[int, int]:
+def paired(kernel: Op) -> bool:
+    """Whether lists come by twos, with a block's columns of y each."""
+    return bool(option(kernel, PAIRED, 0))
+
+
+def sides_of(kernel: Op) -> tuple[int, int]:
     """A block's columns of y, and of x."""
     return (kernel["cols"], kernel["rows"]) if kernel["transposed"] else (kernel["rows"], kernel["cols"])
 
 
 def width(kernel: Op) -> int:
     """Columns of y in a tile."""
-    return int(min(sides(kernel)[0], kernel["block_n"], WIDEST))
+    return int(min(sides_of(kernel)[0], kernel["block_n"], WIDEST))
 
 
 def lanes(kernel: Op) -> int:
     """Columns of x in a box."""
-    return min(sides(kernel)[1], LANES)
+    return min(sides_of(kernel)[1], LANES)
 
 
 def per(kernel: Op) -> int:
@@ -74,9 +81,18 @@ def parameters(kernel: Op) -> tuple[Parameter, ...]:
 
 def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
     yield "x", "data"
-    for name in weights(kernel):
-        yield from stored(kernel, name)
-    yield "order", "*i32"
+    if paired(kernel):
+        yield from (
+            ("w_values", "values"),
+            ("lists_of", "*i32"),
+            ("bounds", "*i32"),
+            ("columns", "*i32"),
+            ("places", "*i32"),
+        )
+    else:
+        for name in weights(kernel):
+            yield from stored(kernel, name)
+        yield "order", "*i32"
     if kernel["bias"]:
         yield "bias", "data"
     yield from (("y", "data"), ("tickets", "*i32"))
@@ -86,7 +102,7 @@ def _parameters(kernel: Op) -> Iterator[tuple[str, str]]:
 
 def symbols(kernel: Op) -> Mapping[str, Any]:
     """Every symbol of linear.py.jinja; its head comment says what they are."""
-    out, into = sides(kernel)
+    out, into = sides_of(kernel)
     return {
         "text": str(kernel).splitlines(),
         "parameters": parameters(kernel),
@@ -101,6 +117,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "width": width(kernel),
         "lanes": lanes(kernel),
         "per": per(kernel),
+        "paired": paired(kernel),
         "pieces": max(into // LANES, 1),
         "parts": out // width(kernel),
         "entry": LINEAR,
