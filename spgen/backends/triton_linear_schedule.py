@@ -22,12 +22,13 @@ from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
 from spgen.templates.gluon.linear import ELEMENTS, LANES, WARPGROUPS, WIDEST
-from spgen.templates.triton.linear import SMALLEST_TILE, padded
+from spgen.templates.triton.linear import SMALLEST_ROWS, SMALLEST_TILE, padded
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
 
 _FULL = 128  # rows of a tile of y whose products fill the tensor cores
+_LONG = 12  # steps of a list, if few programs are to share it
 
 
 def default_config(request: Request, sizes: Sizes) -> Config:
@@ -78,21 +79,68 @@ def _hopper(request: Request) -> Config:
 
 def _few(request: Request, sizes: Sizes) -> Config:
     """Enough programs to fill the device, and small ones where there are more than that."""
-    out = request.layout.cols if request.transposed else request.layout.rows
-    lists = -(-(sizes.k if request.transposed else sizes.n) // out)
+    out, into = request.layout.rows, padded(request.layout.cols)
+    if request.transposed:
+        out, into = request.layout.cols, padded(request.layout.rows)
+    elif sizes.m == 1:
+        return _one_row(request, sizes)
     cores = max(request.target.cores, 1)
-    block_m = padded(min(sizes.m, 64), SMALLEST_TILE)
+    lists = -(-(sizes.k if request.transposed else sizes.n) // out)
+    turned = sizes.m <= SMALLEST_ROWS and not request.transposed and request.target.kind == "cuda"
+    block_m = SMALLEST_ROWS if turned else padded(min(sizes.m, 64), SMALLEST_TILE)
     block_n = min(padded(out, SMALLEST_TILE), 32)
     if block_m == 64 and padded(out) >= 64 and lists * (padded(out) // 64) >= cores:
         block_n = 64  # rows of x are read again for each tile
     programs = lists * -(-out // block_n)
-    # adding parts up takes another launch, which a few idle multiprocessors do not
-    splits = min(padded(-(-2 * cores // max(programs, 1))), 8) if 4 * programs < 3 * cores else 1
     ample = programs >= 2 * cores
-    step = 64 if request.dtype == "float32" else 128
-    options = (f"step={step}", f"warps={2 if ample and block_m * block_n <= 1024 else 4}")
-    config = Config(block_m, block_n, (*options, *([f"splits={splits}"] if splits > 1 else [])))
-    return _fitted(request, config, (block_m + block_n) * step, 3 if ample or block_n == 64 else 4)
+    step, stages, warps = 128, 3 if ample or block_n == 64 else 4, 2 if ample and block_m * block_n <= 1024 else 4
+    if turned and not ample:
+        block_n, stages, warps = SMALLEST_TILE, 6, 2
+    elif ample and not request.transposed:
+        if block_m <= SMALLEST_TILE:
+            block_n, step, stages, warps = _small(block_m, block_n, into)
+        elif block_m == 64 and into <= 32:
+            step, stages = 32, 4  # all programs fit at once
+    if request.dtype == "float32":
+        step = min(step, 64)
+    if request.scales and not request.transposed:
+        step = min(step, into)  # a block's scales are those of sums, those of several are gathered for each value
+    config = Config(block_m, block_n, (f"step={step}", f"warps={warps}"))
+    config = _shared(config, request, sizes, lists * -(-out // block_n))
+    return _fitted(request, config, (block_m + block_n) * step, stages)
+
+
+def _small(block_m: int, block_n: int, into: int) -> tuple[int, int, int, int]:
+    """Tiles of at most 16 rows of x: columns of y, step, stages, warps. A step is a block unless blocks are narrow."""
+    if into > 64:
+        return block_n, 128, 4, 2
+    if into == 64:
+        return SMALLEST_TILE, 64, 6, 1
+    return (SMALLEST_TILE, 128, 3, 1) if block_m < SMALLEST_TILE else (block_n, 128, 3, 2)
+
+
+def _one_row(request: Request, sizes: Sizes) -> Config:
+    """Sums, of which a program has as many on their way as let all programs run at once."""
+    out = request.layout.rows
+    lists = -(-sizes.n // out)
+    ample = lists * -(-out // SMALLEST_TILE) >= 4 * request.target.cores
+    block_n, step, stages, warps = (SMALLEST_TILE, 128, 4, 2) if ample else (8, 512, 3, 4)
+    config = Config(1, block_n, (f"step={step}", f"warps={warps}"))
+    config = _shared(config, request, sizes, lists * -(-out // block_n))
+    return _fitted(request, config, (1 + block_n) * step, stages)
+
+
+def _shared(config: Config, request: Request, sizes: Sizes, programs: int) -> Config:
+    """With splits where there are few programs of long lists.
+
+    Adding parts up takes another launch, as long as some steps, which short lists and a few idle cores do not.
+    """
+    cores = max(request.target.cores, 1)
+    outputs = (sizes.k if request.transposed else sizes.n) * (2 if request.gated else 1)
+    columns = sizes.stored * (2 if request.values == "int4" else 1) // max(outputs, 1)  # of a list
+    if 4 * programs >= 3 * cores or columns < _LONG * config.option("step"):
+        return config
+    return config.having(splits=min(padded(-(-2 * cores // max(programs, 1))), 8))
 
 
 def _narrow(request: Request, sizes: Sizes) -> Config:

@@ -17,6 +17,8 @@ LINEAR, FINISH, SAMPLED = "linear", "finish", "sampled"
 FINISHED = 1024  # results of a program that adds up parts
 SEARCHED = 1024  # block rows among which a program looks for its own at once
 SMALLEST_TILE = 16  # of a matrix product, on either side
+SMALLEST_ROWS = 8  # of x, where a tile's transpose is computed
+_NEAR = 8
 
 
 def padded(count: int, least: int = 1) -> int:
@@ -60,6 +62,11 @@ class Shape:
         return 1 if self.narrow else -(-self.out // self.block_n)
 
     @property
+    def near(self) -> int:
+        """Neighbouring columns of a block whose products a thread adds up: those of one load of 16 bytes."""
+        return min(self.lanes, _NEAR)
+
+    @property
     def lists(self) -> int:
         """Lists that a program serves."""
         return self.block_n // padded(self.out) if self.narrow else 1
@@ -68,6 +75,18 @@ class Shape:
 def is_narrow(kernel: Op) -> bool:
     """Whether blocks have too few rows for matrix products, and x has few, too: products are added up one by one."""
     return kernel["height"] == "few" and not kernel["transposed"] and kernel["rows"] < SMALLEST_TILE
+
+
+def is_summed(kernel: Op) -> bool:
+    """Whether the products of a list are added up one by one, for each of a few rows of x."""
+    few = kernel["height"] == "few" and not kernel["transposed"] and not is_narrow(kernel)
+    return bool(few and kernel["block_m"] < SMALLEST_ROWS)
+
+
+def is_turned(kernel: Op) -> bool:
+    """Whether a tile of y is computed as its transpose: there matrix products take as few as eight rows of x."""
+    few = kernel["height"] == "few" and not is_narrow(kernel) and not is_summed(kernel)
+    return bool(few and kernel["block_m"] < SMALLEST_TILE)
 
 
 def is_ordered(kernel: Op) -> bool:
@@ -166,6 +185,8 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "splits": splits(kernel),
         "few": kernel["height"] == "few",
         "ordered": is_ordered(kernel),
+        "summed": is_summed(kernel),
+        "turned": is_turned(kernel),
         "stages": option(kernel, "stages", 2),
         "finished": FINISHED,
         "precision": precision(kernel),

@@ -28,7 +28,7 @@ def target() -> Target:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + NARROW)
-@pytest.mark.parametrize("m", [1, 16, 50, 300])
+@pytest.mark.parametrize("m", [1, 6, 16, 50, 300])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_layouts(layout: str, m: int, transposed: bool) -> None:
     check(Product(m, 1000, 520, layout, "bfloat16", transposed=transposed), target(), "cuda")
@@ -38,7 +38,7 @@ def test_layouts(layout: str, m: int, transposed: bool) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_activations(dtype: str, activation: str) -> None:
-    for m in (5, 500):
+    for m in (1, 5, 500):
         product = Product(m, 520, 1000, "blocks(64, 64)", dtype, bias=True, activation=activation)
         check(product, target(), "cuda")
         check(replace(product, gated=True), target(), "cuda")
@@ -61,6 +61,7 @@ def test_rows_without_blocks(layout: str, density: float) -> None:
 
 def test_the_same_bits_again() -> None:
     for m, layout in (
+        (1, "blocks(32, 32)"),
         (3, "blocks(1, 16)"),
         (16, "blocks(64, 64)"),
         (1000, "blocks(128, 128)"),

@@ -25,7 +25,7 @@ def request(layout: str, target: str, dtype: str = "bfloat16", values: str = "",
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("m", [1, 16, 64, 4096])
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 4096])
 @pytest.mark.parametrize(("layout", "dtype"), [("blocks(128, 128)", "bfloat16"), ("blocks(32, 32)", "float32")])
 def test_compiles_ahead_of_time(target: str, m: int, layout: str, dtype: str) -> None:
     one, sizes = request(layout, target, dtype, bias=True, activation="silu"), Sizes(m, 4096, 4096, 1000)
@@ -62,6 +62,20 @@ def test_gradients_compile(target: str, layout: str, dtype: str) -> None:
     one = request(layout, target, dtype)
     kernel = sampled_kernel_of(one, sampled_config(one, Sizes(4096, 4096, 4096, 1000)))
     assert build_sampled(kernel, one.target).program.binary("sampled").code
+
+
+def test_few_long_lists_are_shared() -> None:
+    for stored, m, shared in ((0.1, 16, False), (1.0, 16, True), (0.1, 1, False), (1.0, 1, False)):
+        one, sizes = request("blocks(128, 128)", "h200"), Sizes(m, 1024, 4096, round(stored * 1024 * 4096))
+        assert (default_config(one, sizes).option("splits") > 1) == shared
+
+
+@pytest.mark.parametrize("m", [1, 2, 16, 64])
+@pytest.mark.parametrize("layout", ["blocks(32, 32)", "blocks(64, 64)"])
+def test_scales_are_those_of_sums(m: int, layout: str) -> None:
+    one, sizes = request(layout, "h200", values="int8"), Sizes(m, 14336, 4096, 14336 * 410)
+    step = default_config(one, sizes).option("step")
+    assert m == 1 or step <= one.layout.cols
 
 
 def test_kernels_are_shared() -> None:

@@ -44,7 +44,7 @@ def test_products(product: Product) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS + NARROW)
-@pytest.mark.parametrize("m", [3, 70])
+@pytest.mark.parametrize("m", [1, 3, 70])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_layouts(layout: str, m: int, transposed: bool) -> None:
     check(Product(m, 100, 133, layout, transposed=transposed, bias=True), H200)
@@ -56,6 +56,17 @@ def test_layouts(layout: str, m: int, transposed: bool) -> None:
 ])  # fmt: skip
 def test_any_schedule(config: dict[str, int]) -> None:
     product = Product(90, 200, 300, "blocks(64, 64)", gated=True, bias=True, activation="silu")
+    check(replace(product, config=tuple(config.items())), H200)
+
+
+@pytest.mark.parametrize("config", [
+    {"block_m": 1, "block_n": 16, "step": 32}, {"block_m": 2, "block_n": 8, "step": 512}, {"block_m": 4, "splits": 3},
+    {"block_m": 8, "block_n": 16}, {"block_m": 8, "splits": 2}, {"block_m": 16, "step": 16},
+])  # fmt: skip
+@pytest.mark.parametrize("values", ["", "int8", "int4"])
+@pytest.mark.parametrize("layout", ["blocks(64, 64)", "blocks(24, 6)"])
+def test_any_schedule_of_few_rows(config: dict[str, int], values: str, layout: str) -> None:
+    product = Product(5, 90, 200, layout, values=values, gated=True, bias=True, activation="silu")
     check(replace(product, config=tuple(config.items())), H200)
 
 
