@@ -7,6 +7,7 @@
 | `warps` | of a program |
 | `splits` | programs that share a list's blocks; their sums are added up by a second kernel |
 | `warpgroups` | those that multiply in Hopper's own form; without it plain Triton serves |
+| `paired` | 1, of those: lists by twos, which share tiles of x |
 | `group` | row tiles that come together; without it as many as the cache holds |
 | `tf32x3` | 1: products of float32 as three of tf32, else by plain arithmetic |
 | `rows`, `columns` | of a tile of the gradient |
@@ -21,12 +22,13 @@ from spgen.backends.triton_compile import ELEMENT_BYTES
 from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
-from spgen.templates.gluon.linear import ELEMENTS, LANES, WARPGROUPS, WIDEST
+from spgen.templates.gluon.linear import ELEMENTS, LANES, PAIRED, WARPGROUPS, WIDEST
 from spgen.templates.triton.linear import SMALLEST_ROWS, SMALLEST_TILE, padded
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
 
+_BY_TWOS = 32  # columns of y
 _FULL = 128  # rows of a tile of y whose products fill the tensor cores
 _LONG = 12  # steps of a list, if few programs are to share it
 
@@ -65,14 +67,17 @@ def _is_for_hopper(request: Request) -> bool:
 def _hopper(request: Request) -> Config:
     """Two warpgroups, which keep as much of y as registers hold.
 
-    Narrow tiles wait for x, so that row tiles come one by one: what programs read at a time is then the same rows.
+    Narrow tiles wait for x, so that row tiles come one by one: what programs read at a time is then the same rows. The
+    narrowest come by twos; of wider ones the tensor cores read x as often as before. Block columns are too long for it.
     """
     rows, cols = request.layout.rows, request.layout.cols
     out, into = (cols, rows) if request.transposed else (rows, cols)
     block_n = min(out, WIDEST)
     if block_n < WIDEST:
         step, stages = (32, 8) if max(out, into) <= 32 else (LANES, 4)
-        return Config(256, block_n, (f"step={step}", f"{WARPGROUPS}=2", f"stages={stages}", "group=1"))
+        options = (f"step={step}", f"{WARPGROUPS}=2", f"stages={stages}", "group=1")
+        twos = out <= _BY_TWOS and not request.transposed and not request.gated
+        return Config(256, block_n, (*options, f"{PAIRED}=1") if twos else options)
     block_m, stages = (128, 6) if request.gated else (256, 3)
     return Config(block_m, block_n, (f"step={LANES}", f"{WARPGROUPS}=2", f"stages={stages}"))
 

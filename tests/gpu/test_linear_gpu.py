@@ -73,6 +73,32 @@ def test_the_same_bits_again() -> None:
         assert all(torch.equal(run(product, target(), x, weights), first) for _ in range(20))
 
 
+@pytest.mark.parametrize("layout", ["blocks(32, 32)", "blocks(16, 64)", "blocks(64, 16)", "blocks(16, 16)"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_lists_by_twos(layout: str, transposed: bool) -> None:
+    """Odd numbers of lists, lists without blocks, all blocks, several row tiles."""
+    config = (("paired", 1), ("warpgroups", 2))
+    for m, n, k, density in ((1000, 32 * 7, 64 * 5, 0.4), (300, 2048, 1024, 0.02), (257, 200, 328, 1.0)):
+        product = Product(m, n, k, layout, "bfloat16", transposed=transposed, density=density, config=config, bias=True)
+        check(product, target(), "cuda")
+
+
+def test_lists_by_twos_are_made_again() -> None:
+    """Of changed columns; and a graph that is captured before any call has plain Triton's kernel."""
+    product = Product(500, 1024, 1024, "blocks(32, 32)", "bfloat16", density=0.3)
+    x, weights, _ = product.tensors("cuda")
+    graph = torch.cuda.CUDAGraph()
+    run(Product(500, 1024, 1024, "blocks(32, 32)", "bfloat16", density=0.3), target(), x, product.tensors("cuda")[1])
+    with torch.cuda.graph(graph):
+        captured = run(product, target(), x, weights)
+    graph.replay()
+    torch.testing.assert_close(captured, run(product, target(), x, weights), rtol=2e-2, atol=2e-2)
+    (weight,) = weights
+    weight.index[1].copy_(31 - weight.index[1])  # mirrored, which leaves each list's columns apart
+    wanted = x.double() @ weight.dense().double().T
+    assert (run(product, target(), x, weights).double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
 @pytest.mark.parametrize("m", [4, 400])
 def test_in_a_graph(m: int) -> None:
     product = Product(m, 1024, 1024, "blocks(64, 64)", "bfloat16")

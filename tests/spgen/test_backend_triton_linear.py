@@ -103,7 +103,7 @@ def test_alignment() -> None:
     assert not form.allows([*pointers[1:], 8], (512, 512, 512, 8, 8, 1))
 
 
-@pytest.mark.parametrize("layout", ["blocks(256, 256)", "blocks(64, 64)", "blocks(16, 128)"])
+@pytest.mark.parametrize("layout", ["blocks(256, 256)", "blocks(64, 64)", "blocks(32, 32)", "blocks(16, 128)"])
 @pytest.mark.parametrize("options", [{}, {"transposed": True}, {"gated": True, "activation": "gelu", "bias": True}])
 def test_hoppers_form_compiles(layout: str, options: dict[str, object]) -> None:
     one, sizes = request(layout, "h200", "float16", **options), Sizes(4096, 4096, 4096, 1000)
@@ -130,6 +130,7 @@ def test_hoppers_tiles_fit(transposed: bool, gated: bool) -> None:
             sizes = Sizes(4096, 4096, 4096, 1000)
             kernel = kernel_of(one, sizes, default_config(one, sizes))
             lanes, width, per = gluon_linear.lanes(kernel), gluon_linear.width(kernel), gluon_linear.per(kernel)
-            step = (kernel["block_m"] + width) * lanes * per
-            elements = option(kernel, "stages", 0) * step + kernel["block_m"] * width
+            lists = 1 + gluon_linear.paired(kernel)
+            step = (kernel["block_m"] + lists * width) * lanes * per
+            elements = option(kernel, "stages", 0) * step + lists * kernel["block_m"] * width
             assert 2 * elements + 1024 <= one.target.smem_bytes, str(kernel)

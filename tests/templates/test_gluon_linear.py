@@ -47,6 +47,16 @@ def test_transposed_blocks_come_as_they_lie() -> None:
     assert ".permute(" not in render("gluon/linear.py.jinja", **linear.symbols(one))
 
 
+def test_lists_by_twos() -> None:
+    paired = ("step=32", "warpgroups=2", "stages=8", "paired=1")
+    assert linear.expresses(kernel(32, 32, options=paired))
+    assert not linear.expresses(kernel(128, 128, options=paired))
+    assert not linear.expresses(kernel(32, 32, options=paired, gated=True, block_m=128))
+    text = render("gluon/linear.py.jinja", **linear.symbols(kernel(32, 32, options=paired, bias=True)))
+    assert text.count("w_s.index((stage * PER + sub) * 2") == 2
+    assert "order" not in text
+
+
 def test_two_weights_have_two_lists() -> None:
     text = render("gluon/linear.py.jinja", **linear.symbols(kernel(64, 64, gated=True, activation="silu", block_m=128)))
     assert "activated(gate_sums) * up_sums" in text
