@@ -180,9 +180,13 @@ def _finished(known: Records, case: AnyCase, target: Target, effort: Effort) -> 
     for record in known:
         enough = record.effort and EFFORTS.index(record.effort) >= EFFORTS.index(effort.value)
         if enough and record.case == asdict(case) and record.toolchain == toolchain(target):
-            # only attention on GPUs has defaults of several forms, and asking for them takes a second
-            if target.kind == "cpu" or isinstance(case, ProductCase):
+            # only kernels of GPUs have defaults of several forms, and asking for them takes a second
+            if target.kind == "cpu":
                 return record
+            if isinstance(case, ProductCase):
+                from spgen.weights.compile import default_of_record
+
+                return record if record.default == default_of_record(record, target) else None
             return record if is_of_form(record, _default(case, target)) else None
     return None
 

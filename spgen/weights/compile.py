@@ -22,7 +22,7 @@ from spgen.target import Target
 from spgen.weights.storage import Layout, Stored
 
 if TYPE_CHECKING:
-    from spgen.autotune.records import Bucket, Key
+    from spgen.autotune.records import Bucket, Key, Record
 
 FEW = 64  # rows of x up to which a kernel's time goes into reading weights
 
@@ -162,6 +162,20 @@ def identity_of(request: Request, sizes: Sizes) -> tuple[Key, Bucket]:
     stored = sizes.stored // max(sizes.k if request.transposed else sizes.n, 1)
     bucket = Bucket(*(1 << max(round(log2(max(size, 1))), 0) for size in (sizes.m, sizes.k, sizes.n, stored)))
     return Key(structure, request.dtype, 0, 0, operation="linear"), bucket
+
+
+def default_of_record(record: Record, target: Target) -> Config:
+    """Today's default for the call of a product's record, whose stored values are known by their bucket."""
+    text, form, _ = record.key.structure.rsplit(", ", 2)
+    layout, values = text.rsplit(" of ", 1)
+    rows, outputs, inputs = (int(record.case[name]) for name in ("rows", "outputs", "inputs"))
+    stored = record.bucket.width * (inputs if form == "transposed" else outputs)
+    dtype = record.key.dtype
+    request = Request(
+        dtype, Layout.read(layout), values, values != dtype, target, form == "transposed", form == "gated",
+        activation="silu" if form == "gated" else "none",
+    )  # fmt: skip
+    return default_of(request, Sizes(rows, outputs, inputs, stored))
 
 
 def kernel_of_job(job: Job) -> Any:

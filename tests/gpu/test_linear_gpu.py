@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -77,23 +78,22 @@ def test_the_same_bits_again() -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 def test_lists_by_twos(layout: str, transposed: bool) -> None:
     """Odd numbers of lists, lists without blocks, all blocks, several row tiles."""
-    config = (("paired", 1), ("warpgroups", 2))
+    config = (("paired", 1), ("warpgroups", 2), ("stages", 3))
     for m, n, k, density in ((1000, 32 * 7, 64 * 5, 0.4), (300, 2048, 1024, 0.02), (257, 200, 328, 1.0)):
         product = Product(m, n, k, layout, "bfloat16", transposed=transposed, density=density, config=config, bias=True)
         check(product, target(), "cuda")
 
 
 def test_lists_by_twos_are_made_again() -> None:
-    """Of changed columns; and a graph that is captured before any call has plain Triton's kernel."""
+    """Of changed columns; and not while a graph is captured, which has plain Triton's kernel."""
     product = Product(500, 1024, 1024, "blocks(32, 32)", "bfloat16", density=0.3)
     x, weights, _ = product.tensors("cuda")
-    graph = torch.cuda.CUDAGraph()
-    run(Product(500, 1024, 1024, "blocks(32, 32)", "bfloat16", density=0.3), target(), x, product.tensors("cuda")[1])
-    with torch.cuda.graph(graph):
-        captured = run(product, target(), x, weights)
-    graph.replay()
-    torch.testing.assert_close(captured, run(product, target(), x, weights), rtol=2e-2, atol=2e-2)
     (weight,) = weights
+    wanted = x.double() @ weight.dense().double().T
+    with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):
+        captured = run(product, target(), x, weights)
+    for y in (captured, run(product, target(), x, weights)):
+        assert (y.double() - wanted).norm() <= 4e-3 * wanted.norm()
     weight.index[1].copy_(31 - weight.index[1])  # mirrored, which leaves each list's columns apart
     wanted = x.double() @ weight.dense().double().T
     assert (run(product, target(), x, weights).double() - wanted).norm() <= 4e-3 * wanted.norm()

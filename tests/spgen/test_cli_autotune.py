@@ -242,6 +242,18 @@ def test_a_default_of_another_form_measures_again() -> None:
         assert command._finished(records, case, h200, command.Effort.standard) == (made if known else None)
 
 
+def test_a_product_whose_default_changed_is_measured_again() -> None:
+    h200 = Target.of("h200")
+    shipped = Records.load(SHIPPED / "nvidia-h200-sm-90.json")
+    (known,) = [one for one in shipped if one.name == "llama3-8b-mlp: blocks of 128, 10 %"]
+    (case,) = [one for one in load("llama3-8b-mlp") if one.name == known.name]
+    made = replace(known, toolchain=toolchain(h200))
+    for other, found in ((made, made), (replace(made, default=Config(64, 64, ("warps=8",))), None)):
+        records = Records(device_of(h200))
+        records.add(other)
+        assert command._finished(records, case, h200, command.Effort.quick) == found
+
+
 @pytest.mark.parametrize("target", ["cpu", "h200"])
 def test_a_finished_tuning_imports_no_torch(target: str, tmp_path: Path) -> None:
     device = Target.of(target)
