@@ -23,7 +23,7 @@ from spgen.ir.config import Config
 from spgen.settings import settings
 from spgen.target import Target
 from spgen.templates.gluon.linear import ELEMENTS, LANES, PAIRED, WARPGROUPS, WIDEST
-from spgen.templates.triton.linear import SMALLEST_ROWS, SMALLEST_TILE, padded
+from spgen.templates.triton.linear import SMALLEST_ROWS, SMALLEST_TILE, least_step, padded
 
 if TYPE_CHECKING:
     from spgen.weights.compile import Request, Sizes
@@ -109,7 +109,8 @@ def _few(request: Request, sizes: Sizes) -> Config:
     if request.dtype == "float32":
         step = min(step, 64)
     if request.scales and not request.transposed:
-        step = min(step, into)  # a block's scales are those of sums, those of several are gathered for each value
+        # a block's scales are those of sums, or of rows; those of several are gathered for each value
+        step = min(step, max(into, least_step(request.values, request.transposed)))
     config = Config(block_m, block_n, (f"step={step}", f"warps={warps}"))
     config = _shared(config, request, sizes, lists * -(-out // block_n))
     return _fitted(request, config, (block_m + block_n) * step, stages)

@@ -18,6 +18,7 @@ FINISHED = 1024  # results of a program that adds up parts
 SEARCHED = 1024  # block rows among which a program looks for its own at once
 SMALLEST_TILE = 16  # of a matrix product, on either side
 SMALLEST_ROWS = 8  # of x, where a tile's transpose is computed
+_SMALLEST_PAIRED = 32  # columns of x for pairs of int4, of which Triton 3.6 gives each of four lanes eight
 _NEAR = 8
 
 
@@ -89,6 +90,16 @@ def is_turned(kernel: Op) -> bool:
     return bool(few and kernel["block_m"] < SMALLEST_TILE)
 
 
+def is_paired(values: str, transposed: bool) -> bool:
+    """Whether both int4 values of a byte are unpacked together."""
+    return values == "int4" and not transposed
+
+
+def least_step(values: str, transposed: bool) -> int:
+    """The fewest columns of x in a step: with fewer, lanes would hold the same ones, and sum them twice."""
+    return _SMALLEST_PAIRED if is_paired(values, transposed) else SMALLEST_TILE
+
+
 def is_ordered(kernel: Op) -> bool:
     """Whether long lists come first. With few rows of x all programs run at the same time: to look up is to wait."""
     return kernel["height"] == "many" or is_narrow(kernel)
@@ -101,7 +112,7 @@ def shape_of(kernel: Op) -> Shape:
         out, into = into, out
     narrow = is_narrow(kernel)
     block_n = max(kernel["block_n"], padded(out)) if narrow else min(kernel["block_n"], padded(out, SMALLEST_TILE))
-    step = padded(option(kernel, "step", 64), SMALLEST_TILE)
+    step = padded(option(kernel, "step", 64), least_step(kernel["values"], kernel["transposed"]))
     return Shape(out, into, block_n, step, narrow)
 
 
@@ -187,6 +198,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "ordered": is_ordered(kernel),
         "summed": is_summed(kernel),
         "turned": is_turned(kernel),
+        "pairs": is_paired(kernel["values"], kernel["transposed"]),
         "stages": option(kernel, "stages", 2),
         "finished": FINISHED,
         "precision": precision(kernel),

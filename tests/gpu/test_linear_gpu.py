@@ -46,7 +46,7 @@ def test_activations(dtype: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("values", ["int8", "int4", "float8_e4m3fn"])
-@pytest.mark.parametrize("layout", ["blocks(64, 64)", "blocks(16, 16)", "blocks(1, 16)"])
+@pytest.mark.parametrize("layout", ["blocks(64, 64)", "blocks(32, 32)", "blocks(16, 16)", "blocks(1, 16)"])
 def test_quantised_values(values: str, layout: str) -> None:
     for m in (1, 7, 40, 200):
         check(Product(m, 520, 1000, layout, "bfloat16", values), target(), "cuda")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import spgen as sp
+from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_linear import build, build_sampled, default_config, sampled_config
 from spgen.ir.kernel import option
 from spgen.target import Target
 from spgen.templates.gluon import linear as gluon_linear
+from spgen.templates.triton import linear
 from spgen.weights.compile import Request, Sizes, kernel_of, sampled_kernel_of
 from spgen.weights.storage import Layout
 from tests.interpreted import run_interpreted
@@ -76,6 +80,24 @@ def test_scales_are_those_of_sums(m: int, layout: str) -> None:
     one, sizes = request(layout, "h200", values="int8"), Sizes(m, 14336, 4096, 14336 * 410)
     step = default_config(one, sizes).option("step")
     assert m == 1 or step <= one.layout.cols
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("values", ["int8", "int4", "float8_e4m3fn"])
+def test_lanes_hold_columns_of_their_own(target: str, dtype: str, values: str) -> None:
+    """Triton 3.6 gives some lanes the same columns of x again where a step has too few for what each of four reads."""
+    if target == "sm_80" and values.startswith("float8"):
+        return
+    for m in (7, 16, 40):
+        one, sizes = request("blocks(16, 16)", target, dtype, values=values), Sizes(m, 520, 1000, 100)
+        config = default_config(one, sizes).having(step=16, **({"tf32x3": 1} if dtype == "float32" else {}))
+        kernel = kernel_of(one, sizes, config)
+        program = build(kernel, one.target).program
+        text = compile_ahead(program.specialised("linear"), one.target).asm["ttgir"]
+        widths = [int(width) for width in re.findall(r"kWidth = (\d+)", text)]
+        assert widths or "warp_group_dot" in text
+        assert all(4 * width <= linear.shape_of(kernel).step for width in widths)
 
 
 def test_kernels_are_shared() -> None:
