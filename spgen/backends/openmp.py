@@ -52,21 +52,35 @@ def register() -> None:
         raise ToolchainError("tvm_ffi", given="no place for threads", remedy="pip install -U 'spgen[cpu]'")
 
 
+def launch(worker: ctypes._FuncPointer, closure: object) -> None:
+    """Run a C function of the workers' contract (openmp.c) once on each thread.
+
+    Raises ToolchainError where there is no C compiler and no library in the cache.
+    """
+    _library().spgen_parallel_launch(worker, closure, 0)
+
+
 @lru_cache(maxsize=1)
 def _launcher() -> tuple[ctypes._FuncPointer, ctypes.c_void_p]:
-    import torch  # noqa: F401  its OpenMP library must be there first
     import tvm_ffi.libinfo
 
     ffi = ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi())
     context = ffi.TVMFFIEnvModRegisterContextSymbol
     context.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
-    library = _library()
+    return context, ctypes.cast(_library().spgen_parallel_launch, ctypes.c_void_p)
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    import torch  # noqa: F401  its OpenMP library must be there first
+
+    library = _loaded()
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=library.spgen_run_alone)
-    return context, ctypes.cast(library.spgen_parallel_launch, ctypes.c_void_p)
+    return library
 
 
-def _library() -> ctypes.CDLL:
+def _loaded() -> ctypes.CDLL:
     cache = Cache()
     try:
         return ctypes.CDLL(str(_built(cache, threads=True) / _LIBRARY))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from spgen.autotune.measure import Call, wall
+from spgen.backends import openmp
 from spgen.bench.workloads import Workload
 from spgen.settings import c_compiler
 from spgen.target import Target
@@ -69,26 +69,28 @@ def pair_loop(seconds: float = 0.05) -> Ceiling | None:
     return _loop("pair_rounds", 4, seconds)
 
 
+class _Work(ctypes.Structure):
+    """Of the workers in fma.c."""
+
+    _fields_ = (("rounds", ctypes.c_int64), ("workers", ctypes.c_int32), ("sums", ctypes.c_float))
+
+
 def _loop(name: str, flops: int, seconds: float) -> Ceiling | None:
-    """The loop of fma.c that does `flops` operations a lane, on as many threads as torch uses."""
+    """The loop of fma.c that does `flops` operations a lane, on PyTorch's threads, which wait for work by spinning."""
     target, chains = Target.of("cpu"), max(1, Target.of("cpu").registers * 3 // 4)
     with tempfile.TemporaryDirectory() as directory:
         library = _compiled(Path(directory, "fma.so"), target, chains)
-    run = getattr(library, name, None)
-    if run is None:
+    worker = getattr(library, name, None)
+    if worker is None:
         return None
-    run.argtypes, run.restype = [ctypes.c_long], ctypes.c_float
-    few = 1_000_000
-    rounds, threads = max(few, round(few * seconds / wall(lambda: run(few)))), torch.get_num_threads()
+    work = _Work(rounds=1_000_000)
 
-    def on_all_threads() -> None:  # ctypes lets go of the interpreter lock
-        others = [threading.Thread(target=run, args=(rounds,)) for _ in range(threads)]
-        for thread in others:
-            thread.start()
-        for thread in others:
-            thread.join()
+    def on_all_threads() -> None:
+        openmp.launch(worker, ctypes.byref(work))
 
-    return Ceiling(on_all_threads, float(threads * rounds * chains * target.simd * flops))
+    on_all_threads()
+    work.rounds = max(work.rounds, round(work.rounds * seconds / wall(on_all_threads)))
+    return Ceiling(on_all_threads, float(work.workers * work.rounds * chains * target.simd * flops))
 
 
 def _compiled(path: Path, target: Target, chains: int) -> ctypes.CDLL | None:

@@ -1,8 +1,21 @@
-/* The most multiply-adds this core can do: independent chains in vector registers, no memory.
-   LANES floats a vector, CHAINS vectors (fewer than there are registers). */
+/* The most multiply-adds that the cores can do: independent chains in vector registers, no memory.
+   LANES floats a vector, CHAINS vectors (fewer than there are registers). Functions are workers as in openmp.c. */
+#include <stdint.h>
+
+typedef struct {
+    void *sync;
+    int32_t workers;
+} Environment;
+
+typedef struct {
+    int64_t rounds;
+    int32_t workers; /* written: as many as there were */
+    volatile float sums; /* written, so that no chain can be left out */
+} Work;
+
 typedef float vector __attribute__((vector_size(4 * LANES)));
 
-float fma_rounds(long rounds) {
+int fma_rounds(int index, Environment *environment, Work *work) {
     vector chain[CHAINS], factor, term;
     for (int lane = 0; lane < LANES; lane++) {
         factor[lane] = 0.999f;
@@ -10,28 +23,32 @@ float fma_rounds(long rounds) {
     }
     for (int n = 0; n < CHAINS; n++)
         chain[n] = factor * (float)n;
-    for (long round = 0; round < rounds; round++) {
+    int64_t rounds = work->rounds;
+    for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 64
         for (int n = 0; n < CHAINS; n++)
             chain[n] = chain[n] * factor + term;
     }
-    float sum = 0; /* so that no chain can be left out */
+    float sum = 0;
     for (int n = 0; n < CHAINS; n++)
         for (int lane = 0; lane < LANES; lane++)
             sum += chain[n][lane];
-    return sum;
+    work->sums = sum;
+    work->workers = environment->workers;
+    return 0;
 }
 
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 
 /* The same with vdpbf16ps: two products of bf16 a lane, added to fp32. */
-float pair_rounds(long rounds) {
+int pair_rounds(int index, Environment *environment, Work *work) {
     __m512 chain[CHAINS];
     __m512bh ones = (__m512bh)_mm512_set1_epi32(0x3f803f80);
     for (int n = 0; n < CHAINS; n++)
         chain[n] = _mm512_set1_ps((float)n);
-    for (long round = 0; round < rounds; round++) {
+    int64_t rounds = work->rounds;
+    for (int64_t round = 0; round < rounds; round++) {
 #pragma GCC unroll 64
         for (int n = 0; n < CHAINS; n++)
             chain[n] = _mm512_dpbf16_ps(chain[n], ones, ones);
@@ -39,6 +56,8 @@ float pair_rounds(long rounds) {
     float sum = 0;
     for (int n = 0; n < CHAINS; n++)
         sum += _mm512_reduce_add_ps(chain[n]);
-    return sum;
+    work->sums = sum;
+    work->workers = environment->workers;
+    return 0;
 }
 #endif

@@ -84,10 +84,10 @@ def test_without_openmp_kernels_run_on_one_thread(tmp_path: Path, monkeypatch: p
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
     with override(cache_dir=tmp_path, log="off"):
-        assert openmp._library().spgen_parallel_launch
+        assert openmp._loaded().spgen_parallel_launch
     monkeypatch.setenv("CC", "no-such-compiler")
     with override(cache_dir=tmp_path / "empty"), pytest.raises(ToolchainError, match="C compiler"):
-        openmp._library()
+        openmp._loaded()
 
 
 def test_the_floating_point_mode_is_left_as_it_was() -> None:
