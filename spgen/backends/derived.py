@@ -26,7 +26,11 @@ class Derived(Generic[_Made]):
         return found[1] if found is not None and found[0] == _version(tensor) else None
 
     def keep(self, tensor: Tensor, made: _Made, name: object = None) -> _Made:
-        """Keep what was made of a tensor."""
+        """What was made of a tensor; not kept if that was while a graph is captured, whose memory it then is."""
+        if tensor.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return made
+            torch.cuda.current_stream(tensor.device).synchronize()  # calls on other streams may come next
         with self._lock:
             of_storage = self._made.setdefault(tensor.untyped_storage(), {})
             of_storage[int(tensor.storage_offset()), name] = _version(tensor), made
