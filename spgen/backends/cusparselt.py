@@ -6,6 +6,7 @@ Neural Networks", 2021). Triton cannot say them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -45,14 +46,17 @@ def is_there(target: Target) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def known(values: Tensor) -> Tensor | None:
-    """The library's form of the weight with these stored values, if it was made and they have not changed since."""
-    return _compressed.get(values)
+def compressed(values: Tensor, unpacked: Callable[[], Tensor]) -> Tensor:
+    """The library's form of the weight [N, K] with these stored values, kept as long as they stay the same.
 
+    What is compressed while a graph is captured is compressed again by each replay.
+    """
 
-def compressed(values: Tensor, weight: Tensor) -> Tensor:
-    """The library's form of `weight` [N, K], kept as long as its stored `values`."""
-    return _compressed.keep(values, torch._cslt_compress(weight))
+    def made() -> Tensor:
+        return torch._cslt_compress(unpacked())
+
+    found = _compressed.of([values], made)
+    return made() if found is None else found
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, outputs: int) -> Tensor:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 _MANY_CALLS = 4096
 _LEAST_ROWS, _MOST_ROWS = 8, 256  # of x in a tile
-_PAIRED, _SHARED = 16, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
+_DOUBLED, _SHARED = 16, 64  # columns of sums: two programs to a multiprocessor; two warpgroups to a row of weights
 _NEAR = 32  # rows of x of which eight quarters on their way are enough
-# what sharing tiles costs, in steps of a program; rows of x that cost another; a step of one of a pair that is alone
+# what sharing tiles costs, in steps of a program; rows of x that cost another; a step of a program without its twin
 _SHARING, _SHARED_ROWS, _ALONE = 3, 8, 0.6
 _NARROW = 32  # rows of weights to a multiprocessor, too few for `mma.sp` on one row of x
 
@@ -51,16 +51,16 @@ def default_config(request: Request, sizes: Sizes, has_library: bool) -> Config 
     rows = min(padded(sizes.m, _LEAST_ROWS // parts), _MOST_ROWS // weights)
     sums = rows * weights
     widened = request.scales and parts == 1
-    pair = sums <= _PAIRED and not request.gated and not widened
-    tile, slots = expanded.TILE * (2 - pair), max(request.target.cores, 1) * (1 + pair)
+    doubled = sums <= _DOUBLED and not request.gated and not widened
+    tile, slots = expanded.TILE * (2 - doubled), max(request.target.cores, 1) * (1 + doubled)
     tiles, steps = -(-sizes.n // tile) * -(-sizes.m // rows), -(-sizes.k // (expanded.STEP * parts))
-    alone = _ALONE if pair and tiles <= slots // 2 else 1
+    alone = _ALONE if doubled and tiles <= slots // 2 else 1
     splits = steps * -(-tiles // slots) * alone > steps * tiles / slots + _SHARING + sums / _SHARED_ROWS
     direct = two_of_four.DIRECT if widened else 1 if parts == 1 else 0  # rows of x for `mma.sp`
     if sizes.m <= direct and not (splits and sizes.n <= _NARROW * request.target.cores):
         return None
-    if pair:
-        options = [f"{WARPGROUPS}=1", "shares=2", "stages=2", "together=2", f"x_stages={4 * parts}", "pair=1"]
+    if doubled:
+        options = [f"{WARPGROUPS}=1", "shares=2", "stages=2", "together=2", f"x_stages={4 * parts}", "programs=2"]
     elif widened or request.gated:
         shares = 2 if sums <= _SHARED and parts == 1 else 1
         options = [f"{WARPGROUPS}=2", f"shares={shares}", f"stages={2 if widened else 3}"]
@@ -165,7 +165,7 @@ class ExpandedProduct:
         tiles = self._tiles(m, n)
         if not option(self.kernel, expanded.SPLITS, 0):
             return tiles
-        return min(max(self.program.target.cores, 1) * (1 + option(self.kernel, "pair", 0)), tiles * steps)
+        return min(max(self.program.target.cores, 1) * expanded.programs(self.kernel), tiles * steps)
 
     def _tiles(self, m: int, n: int) -> int:
         return -(-n // expanded.rows(self.kernel)) * -(-m // int(self.kernel["block_m"]))

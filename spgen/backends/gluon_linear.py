@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from spgen.backends.derived import Derived
@@ -85,9 +85,10 @@ class HopperProduct:
 
         Lists by twos are made at a weight's first call, which waits for the device: not while a graph is captured.
         """
+        y = rest[-1]
         if linear.paired(self.kernel):
             (weight,) = weights
-            pairs = self._pairs(weight)
+            pairs = self._pairs(weight) if _shows(x, weights, y) else None
             if pairs is None:
                 return False
             index = [pairs.lists, pairs.bounds, pairs.columns, pairs.places]
@@ -97,7 +98,6 @@ class HopperProduct:
             stored = [one for weight in weights for one in (weight.values, *lists_of(self.kernel, weight))]
             order = order_of(self.kernel, weights[0])
             tensors, lists = [x, *stored, order, *rest], len(order)
-        y = rest[-1]
         pointers = [tensor.data_ptr() for tensor in tensors]
         key = (x.get_device(), x.shape, x.stride(0), y.shape, lists, *[len(weight.values) for weight in weights])
         with self._lock:
@@ -114,15 +114,11 @@ class HopperProduct:
     def _pairs(self, weight: Stored) -> Pairs | None:
         indptr, columns, *places = lists_of(self.kernel, weight)
         per = linear.per(self.kernel)
-        found = _pairs.get(columns, per)
-        if found is None and not torch.cuda.is_current_stream_capturing():
-            found = _pairs.keep(columns, pairs_of(indptr, columns, places[0] if places else None, per), per)
-        return found
+        make = partial(pairs_of, indptr, columns, places[0] if places else None, per)
+        return _pairs.of([columns, indptr, *places], make, per)
 
     def _prepared(self, x: Tensor, weights: Sequence[Stored], y: Tensor, lists: int) -> Call | None:
-        if not (all(weight.values.numel() for weight in weights) and x.numel() and driver().has_tensor_maps):
-            return None
-        if x.stride(0) * x.element_size() % VECTOR or y.shape[1] * y.element_size() % VECTOR:
+        if not _shows(x, weights, y):
             return None
         m, width = y.shape
         out, tiles = linear.sides_of(self.kernel)[0], -(-m // self.kernel["block_m"])
@@ -133,3 +129,10 @@ class HopperProduct:
             shown.append((places[f"{name}_values"], weight.values[None]))
         shown.append((places["y"], y[None, None]))
         return self.program.map("linear", shown, (width, m, lists, group_of(self.kernel, x, tiles), tickets), tickets)
+
+
+def _shows(x: Tensor, weights: Sequence[Stored], y: Tensor) -> bool:
+    """Whether tensor maps can show the tensors: none is empty, rows begin at multiples of 16 bytes."""
+    if not (all(weight.values.numel() for weight in weights) and x.numel() and driver().has_tensor_maps):
+        return False
+    return not (x.stride(0) * x.element_size() % VECTOR or y.shape[1] * y.element_size() % VECTOR)

@@ -171,9 +171,7 @@ class LibraryProduct(BitsProduct):
     def result(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None) -> Tensor:
         """A new y."""
         (weight,) = weights
-        form = cusparselt.known(weight.values)
-        if form is None:
-            form = cusparselt.compressed(weight.values, self.unpacked(weight, x))
+        form = cusparselt.compressed(weight.values, partial(self.unpacked, weight, x))
         return cusparselt.product(x.contiguous(), form, bias, weight.shape[0])
 
 

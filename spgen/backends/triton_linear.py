@@ -20,7 +20,7 @@ from spgen.ir.kernel import option
 from spgen.ir.node import Op
 from spgen.settings import triton_interpreted
 from spgen.target import Target
-from spgen.templates.gluon.linear import WARPGROUPS
+from spgen.templates.gluon.linear import WARPGROUPS, paired
 from spgen.templates.triton import linear
 from spgen.templates.triton.attention import Parameter
 from spgen.templates.triton.linear import FINISH, LINEAR, SAMPLED
@@ -113,6 +113,8 @@ class BlockProduct:
     def precompile(self) -> Mapping[str, int]:
         """Bring the binaries of contiguous calls into the cache; what the product's takes."""
         if self.hopper is not None:
+            if paired(self.hopper.kernel):  # a first call within a capture has the portable form
+                self.program.precompile(LINEAR)
             return self.hopper.program.binary(LINEAR).resources
         return self.program.precompile(LINEAR)
 

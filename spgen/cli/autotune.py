@@ -87,8 +87,11 @@ def autotune(
         _offline(_of_attention(cases), target, effort.value)
         return
     known.update(path)  # a file that cannot be written is told before minutes of work, not after
-    done = [record for case in cases if (record := _finished(known, case, target, effort)) is not None]
-    left = [case for case in cases if _finished(known, case, target, effort) is None]
+    states = [(case, _finished(known, case, target, effort)) for case in cases]
+    done, left = (
+        [record for _, record in states if record is not None],
+        [case for case, record in states if record is None],
+    )
     found = [*done, *(_run(left, target, known, path, effort.value, devices or "0") if left else [])]
     _show(found, path)
 
@@ -184,9 +187,9 @@ def _finished(known: Records, case: AnyCase, target: Target, effort: Effort) -> 
             if target.kind == "cpu":
                 return record
             if isinstance(case, ProductCase):
-                from spgen.weights.compile import default_of_record
+                from spgen.weights.compile import defaults_of_record
 
-                return record if record.default == default_of_record(record, target) else None
+                return record if record.default in defaults_of_record(record, target) else None
             return record if is_of_form(record, _default(case, target)) else None
     return None
 

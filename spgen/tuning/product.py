@@ -27,7 +27,7 @@ from spgen.weights.storage import Stored, values_dtype
 
 _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 # options that say which kernel it is, not how it runs
-_KINDS = ("cores", "cusparselt", "dense", "dots", "pair", "paired", "splits", "tf32x3", "walk", "warpgroups")
+_KINDS = ("cores", "cusparselt", "dense", "dots", "paired", "programs", "splits", "tf32x3", "walk", "warpgroups")
 _FORMS = ("linear", "gated", "transposed")
 
 

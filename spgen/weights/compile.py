@@ -24,6 +24,7 @@ from spgen.weights.storage import Layout, Stored
 if TYPE_CHECKING:
     from spgen.autotune.records import Bucket, Key, Record
 
+_PARTS = (0.71, 0.84, 1.0, 1.19, 1.41)  # of a bucket's power of two: its numbers round to that
 FEW = 64  # rows of x up to which a kernel's time goes into reading weights
 
 
@@ -164,18 +165,18 @@ def identity_of(request: Request, sizes: Sizes) -> tuple[Key, Bucket]:
     return Key(structure, request.dtype, 0, 0, operation="linear"), bucket
 
 
-def default_of_record(record: Record, target: Target) -> Config:
-    """Today's default for the call of a product's record, whose stored values are known by their bucket."""
+def defaults_of_record(record: Record, target: Target) -> set[Config]:
+    """Today's default for the call of a product's record: those of all numbers of stored values in its bucket."""
     text, form, _ = record.key.structure.rsplit(", ", 2)
     layout, values = text.rsplit(" of ", 1)
     rows, outputs, inputs = (int(record.case[name]) for name in ("rows", "outputs", "inputs"))
-    stored = record.bucket.width * (inputs if form == "transposed" else outputs)
     dtype = record.key.dtype
     request = Request(
         dtype, Layout.read(layout), values, values != dtype, target, form == "transposed", form == "gated",
         activation="silu" if form == "gated" else "none",
     )  # fmt: skip
-    return default_of(request, Sizes(rows, outputs, inputs, stored))
+    width, lists = record.bucket.width, inputs if form == "transposed" else outputs
+    return {default_of(request, Sizes(rows, outputs, inputs, round(width * lists * part))) for part in _PARTS}
 
 
 def kernel_of_job(job: Job) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spgen.arguments import DTYPES
+from spgen.backends.derived import forget
 from spgen.errors import DeviceError, DtypeError, GradientError, ShapeError, UnsupportedError
 from spgen.ir.kernel import ACTIVATIONS
 from spgen.target import Target
@@ -69,7 +70,8 @@ def linear_of_inputs(
 
 
 def linear_of_weights(g: Tensor, x: Tensor, values: Tensor, index: Index, layout: str, n: int, k: int) -> Tensor:
-    """The gradient of stored values: those places of g^T x, summed over all rows."""
+    """The gradient of stored values: those places of g^T x, summed over all rows. They are about to change."""
+    forget(values)
     weight = Stored(_layout(layout), (n, k), values, tuple(index))
     rows, inputs = rows_of(g), rows_of(x)
     if weight.layout.kind != "blocks":

@@ -34,8 +34,9 @@ class Pairs(NamedTuple):
 def pairs_of(indptr: Tensor, columns: Tensor, places: Tensor | None = None, per: int = 1) -> Pairs:
     """Pairs of the lists `indptr` [R + 1] of `columns` [count], whose values are at `places` (None: in their order).
 
-    Partners are those with the most columns in common that are still free, a maximal matching of at least half the best
-    weight (Drake and Hougardy, "A simple approximation algorithm for the weighted matching problem", 2003, section 1).
+    A list's columns differ. Partners are those with the most columns in common that are still free, among 512 lists a
+    maximal matching of at least half the best weight (Drake and Hougardy, "A simple approximation algorithm for the
+    weighted matching problem", 2003, section 1).
     Each kind of entries of a pair is filled up to a multiple of `per`. Tensors are on the device of `indptr`.
     """
     device, count = columns.device, len(columns)

@@ -27,16 +27,22 @@ _BOX = 32  # words of a row that lie side by side in shared memory
 _PARTED = 64  # columns of sums, of x that comes in parts: the latest of both parts are kept beside them
 _X_BYTES = 96 * 2**10  # of shared memory for x, beside one weight of 16 bits; beside more two thirds
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # by warpgroups
-_PAIR_CAP, _PAIR_REGISTERS = 80, 96  # of three warpgroups, of which two multiply; two programs to a multiprocessor
+_TWO_CAP, _TWO_REGISTERS = 80, 96  # of three warpgroups, of which two multiply; two programs to a multiprocessor
 _QUARTER = 128  # bytes of a row of x
 
 
 def expresses(kernel: Op) -> bool:
-    """Whether this form can serve a kernel: 2:4 values, 8 to 256 rows of x in a tile."""
+    """Whether this form can serve a kernel: 2:4 values, 8 to 256 rows of x in a tile.
+
+    A consumer frees nothing before it has a step of each weight, and as many quarters of x as it takes together.
+    """
     stored = (kernel["storage"], kernel["rows"], kernel["cols"]) == ("n_of_m", 2, 4) and not kernel["transposed"]
     values = kernel["values"] == kernel["dtype"] or (kernel["scales"] and kernel["dtype"] == "bfloat16")
-    rows, least = kernel["block_m"], 8 // parts(kernel)
-    return bool(stored and kernel["dtype"] in ELEMENTS and values and least <= rows <= 256 and rows & (rows - 1) == 0)
+    if not (stored and values and kernel["dtype"] in ELEMENTS):
+        return False
+    rows, least = int(kernel["block_m"]), 8 // parts(kernel)
+    deep = stages(kernel) >= len(sides(kernel)) and x_stages(kernel) >= together(kernel)
+    return deep and least <= rows <= 256 and rows & (rows - 1) == 0
 
 
 def parts_of_x(values: str, sums: int) -> int:
@@ -88,6 +94,16 @@ def rows(kernel: Op) -> int:
     return TILE * option(kernel, WARPGROUPS, 2)
 
 
+def stages(kernel: Op) -> int:
+    """Steps of weights on their way."""
+    return option(kernel, "stages", 3)
+
+
+def together(kernel: Op) -> int:
+    """Quarters of x that are multiplied at once."""
+    return min(option(kernel, "together", 1), 4 // boxes(kernel), 4 // option(kernel, "shares", 1))
+
+
 def x_stages(kernel: Op) -> int:
     """Quarters of x on their way. Of several shares each has slots of its own: its warps know no other's phases."""
     alone = kernel["values"] == kernel["dtype"] and not kernel["gated"] and option(kernel, "shares", 1) == 1
@@ -108,9 +124,14 @@ def shown(kernel: Op) -> dict[str, tuple[int, int]]:
     return moved | {"arranged_tiles": (parts(kernel) * int(kernel["block_m"]), step(kernel) // 4)}
 
 
+def programs(kernel: Op) -> int:
+    """To a multiprocessor: 1, or 2 of one warpgroup."""
+    return option(kernel, "programs", 1)
+
+
 def cap(kernel: Op) -> int:
     """Registers of a thread at the start; 0: what fits."""
-    return _PAIR_CAP if option(kernel, "pair", 0) else 0
+    return _TWO_CAP if programs(kernel) == 2 else 0
 
 
 def parameters(kernel: Op, entry: str) -> tuple[Parameter, ...]:
@@ -159,15 +180,15 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "sides": sides(kernel),
         "block_m": block_m,
         "warpgroups": option(kernel, WARPGROUPS, 2),
-        "stages": option(kernel, "stages", 3),
+        "stages": stages(kernel),
         "x_stages": x_stages(kernel),
         "boxes": boxes(kernel),
         "box": box(kernel),
         "near": 4 // boxes(kernel),
-        "together": min(option(kernel, "together", 1), 4 // boxes(kernel), 4 // option(kernel, "shares", 1)),
+        "together": together(kernel),
         "shares": option(kernel, "shares", 1),
-        "registers": _PAIR_REGISTERS
-        if option(kernel, "pair", 0)
+        "registers": _TWO_REGISTERS
+        if programs(kernel) == 2
         else _REGISTERS[option(kernel, WARPGROUPS, 2) * option(kernel, "shares", 1)],
         "arranged": 512 * ARRANGED_WARPS,
         "halvings": halvings,

@@ -32,7 +32,7 @@ def expresses(kernel: Op) -> bool:
         and not kernel["scales"]
         and kernel["block_m"] >= 64 * option(kernel, WARPGROUPS, 1)
         and all(side >= 16 and side & (side - 1) == 0 for side in sides)
-        and not (paired(kernel) and (kernel["gated"] or sides_of(kernel)[0] > WIDEST // 2))
+        and not (paired(kernel) and (kernel["gated"] or not width(kernel) == sides_of(kernel)[0] <= WIDEST // 2))
     )
 
 

@@ -18,7 +18,7 @@ FINISHED = 1024  # results of a program that adds up parts
 SEARCHED = 1024  # block rows among which a program looks for its own at once
 SMALLEST_TILE = 16  # of a matrix product, on either side
 SMALLEST_ROWS = 8  # of x, where a tile's transpose is computed
-_SMALLEST_PAIRED = 32  # columns of x for pairs of int4, of which Triton 3.6 gives each of four lanes eight
+_SMALLEST_PACKED = 32  # columns of x for pairs of int4, of which Triton 3.6 gives each of four lanes eight
 _NEAR = 8
 
 
@@ -90,14 +90,14 @@ def is_turned(kernel: Op) -> bool:
     return bool(few and kernel["block_m"] < SMALLEST_TILE)
 
 
-def is_paired(values: str, transposed: bool) -> bool:
+def is_packed(values: str, transposed: bool) -> bool:
     """Whether both int4 values of a byte are unpacked together."""
     return values == "int4" and not transposed
 
 
 def least_step(values: str, transposed: bool) -> int:
     """The fewest columns of x in a step: with fewer, lanes would hold the same ones, and sum them twice."""
-    return _SMALLEST_PAIRED if is_paired(values, transposed) else SMALLEST_TILE
+    return _SMALLEST_PACKED if is_packed(values, transposed) else SMALLEST_TILE
 
 
 def is_ordered(kernel: Op) -> bool:
@@ -198,7 +198,7 @@ def symbols(kernel: Op) -> Mapping[str, Any]:
         "ordered": is_ordered(kernel),
         "summed": is_summed(kernel),
         "turned": is_turned(kernel),
-        "pairs": is_paired(kernel["values"], kernel["transposed"]),
+        "packed": is_packed(kernel["values"], kernel["transposed"]),
         "stages": option(kernel, "stages", 2),
         "finished": FINISHED,
         "precision": precision(kernel),

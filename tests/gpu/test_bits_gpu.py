@@ -67,7 +67,7 @@ def test_all_places_of_a_group() -> None:
             assert (y - wanted).norm() <= 6e-3 * wanted.norm()
 
 
-OTHERS = ("cores", "warps", "steps", "cusparselt", "dense", "pair", "splits", "together", "x_stages")
+OTHERS = ("cores", "warps", "steps", "cusparselt", "dense", "programs", "splits", "together", "x_stages")
 EXPANDED = (("warpgroups", 2), ("shares", 1), ("stages", 3), *((name, None) for name in OTHERS))
 
 

@@ -74,19 +74,19 @@ def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, co
     ("m", "values", "gated", "options"),
     [(64, "bfloat16", False, ("shares=2", "stages=2")), (256, "bfloat16", False, ("stages=2",)),
      (128, "float8_e4m3fn", True, ("stages=3",)), (8, "int4", False, ("shares=2", "together=2")),
-     (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "pair=1")),
+     (16, "int8", True, ("shares=2",)), (64, "bfloat16", False, ("shares=2", "x_stages=4", "stages=2", "programs=2")),
      (64, "bfloat16", False, ("shares=2", "splits=1")), (16, "int4", True, ("shares=1", "splits=1")),
-     (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "pair=1", "splits=1")),
-     (4, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "pair=1")),
+     (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "programs=2", "splits=1")),
+     (4, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "programs=2")),
      (16, "float8_e4m3fn", True, ("shares=2",)),
-     (16, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "pair=1", "splits=1"))],
+     (16, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "programs=2", "splits=1"))],
 )  # fmt: skip
 def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tuple[str, ...]) -> None:
     scales = values != "bfloat16"
     request = Request(
         "bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of("sm_90"), gated=gated, bias=True
     )
-    warpgroups = "warpgroups=1" if "pair=1" in options else "warpgroups=2"
+    warpgroups = "warpgroups=1" if "programs=2" in options else "warpgroups=2"
     one = kernel_of(request, Sizes(m, 8192, 4096, 2048), Config(m, 128, (warpgroups, *options)))
     kernel = ExpandedProduct(one, request.target)
     for entry in kernel.program.forms:
@@ -100,9 +100,9 @@ def test_where_weights_are_expanded() -> None:
         assert config.option("warpgroups") == (1 if m < 64 else 2)
         assert config.option("splits") == splits
     few = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "float8_e4m3fn", True, Target.of("sm_90"))
-    for m, rows, pair in ((1, 4, 1), (16, 16, 1), (32, 32, 0), (64, 64, 0), (100, 128, 0)):
+    for m, rows, programs in ((1, 4, 2), (16, 16, 2), (32, 32, 0), (64, 64, 0), (100, 128, 0)):
         config = config_of(few, Sizes(m, 14336, 4096, 2048))
-        assert (config.block_m, config.option("pair")) == (rows, pair)
+        assert (config.block_m, config.option("programs")) == (rows, programs)
     for m, n, k in ((1, 14336, 4096), (512, 14336, 4096), (64, 14336, 4095), (64, 14336, 4160)):
         assert config_of(request, Sizes(m, n, k, 2048)).option("warpgroups") == 0
     ampere = Request("bfloat16", Layout.read("n_of_m(2, 4)"), "bfloat16", False, Target.of("sm_80"))

@@ -24,6 +24,8 @@ from spgen.settings import override
 from spgen.target import Target
 from spgen.tuned import device_of, toolchain
 from spgen.tuning import session as sessions
+from spgen.weights import compile as products
+from spgen.weights.storage import Layout
 
 CPU = Target.of("cpu")
 DEFAULT, OTHER = Config(64, 64), Config(64, 32)
@@ -252,6 +254,20 @@ def test_a_product_whose_default_changed_is_measured_again() -> None:
         records = Records(device_of(h200))
         records.add(other)
         assert command._finished(records, case, h200, command.Effort.quick) == found
+
+
+@pytest.mark.parametrize("layout", ["bitmap()", "blocks(64, 64)", "blocks(128, 128)"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 4096, 4096), (16, 1024, 4096), (4, 4096, 14336)])
+def test_a_default_is_known_again_whatever_is_stored(layout: str, rows: int, outputs: int, inputs: int) -> None:
+    h200 = Target.of("h200")
+    request = products.Request("bfloat16", Layout.read(layout), "bfloat16", False, h200)
+    for stored in range(outputs * inputs // 50, outputs * inputs, outputs * inputs // 25):
+        sizes = products.Sizes(rows, outputs, inputs, stored)
+        key, bucket = products.identity_of(request, sizes)
+        default = products.default_of(request, sizes)
+        case = {"rows": rows, "outputs": outputs, "inputs": inputs}
+        record = Record(key, bucket, "", default, default, toolchain(h200), case=case)
+        assert default in products.defaults_of_record(record, h200), sizes
 
 
 @pytest.mark.parametrize("target", ["cpu", "h200"])

@@ -1,62 +1,99 @@
-"""What is made of a tensor and kept as long as its values are the same."""
+"""What is made of a weight's tensors and kept as long as its values are the same."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from spgen.backends.derived import Derived
+import spgen as sp
+from spgen.backends.derived import Derived, forget
+
+
+def numbers() -> Callable[[], int]:
+    """One more at each call: what was kept is the number before."""
+    made = iter(range(100))
+    return lambda: next(made)
 
 
 def test_kept_until_the_values_change() -> None:
-    kept: Derived[str] = Derived()
-    tensor = torch.zeros(4)
-    assert kept.get(tensor) is None
-    assert kept.keep(tensor, "made") == kept.get(tensor) == kept.get(tensor.view(2, 2)) == "made"
+    kept, make, tensor = Derived[int](), numbers(), torch.zeros(4)
+    assert [kept.of([tensor], make) for _ in range(3)] == [0, 0, 0]
     tensor[0] = 1
-    assert kept.get(tensor) is None
-    kept.keep(tensor, "again")
-    assert kept.get(tensor) == "again"
+    assert [kept.of([tensor], make) for _ in range(2)] == [1, 1]
+
+
+def test_kept_by_all_that_it_is_made_of() -> None:
+    kept, make = Derived[int](), numbers()
+    columns, starts = torch.zeros(4), torch.zeros(2)
+    assert kept.of([columns, starts], make) == 0
+    starts[0] = 1
+    assert kept.of([columns, starts], make) == 1
+    assert kept.of([columns, starts.clone()], make) == 2
 
 
 def test_kept_by_name_and_by_place_in_memory() -> None:
-    kept: Derived[int] = Derived()
-    tensor = torch.zeros(8)
-    kept.keep(tensor[:4], 1)
-    kept.keep(tensor[4:], 2)
-    kept.keep(tensor[4:], 3, "name")
-    assert [kept.get(tensor[:4]), kept.get(tensor[4:]), kept.get(tensor[4:], "name")] == [1, 2, 3]
-    assert kept.get(tensor[2:]) is None
-    assert kept.get(tensor.clone()) is None
+    kept, make, tensor = Derived[int](), numbers(), torch.zeros(8)
+    sources = [tensor[:4], tensor[4:], tensor[:2], tensor[:4:2], tensor.view(2, 4), tensor.clone()]
+    assert [kept.of([one], make) for one in sources] == [0, 1, 2, 3, 4, 5]
+    assert kept.of([tensor[4:]], make, "name") == 6
+    assert [kept.of([one], make) for one in sources] == [0, 1, 2, 3, 4, 5]
 
 
 def test_values_made_in_inference_mode_are_taken_to_be_constant() -> None:
-    kept: Derived[int] = Derived()
+    kept, make = Derived[int](), numbers()
     with torch.inference_mode():
         tensor = torch.zeros(4)
-    kept.keep(tensor, 1)
-    assert kept.get(tensor) == 1
+    assert [kept.of([tensor], make) for _ in range(2)] == [0, 0]
 
 
 def test_freed_with_the_tensor() -> None:
-    kept: Derived[torch.Tensor] = Derived()
-    tensor, made = torch.zeros(4), torch.ones(4)
-    found = weakref.ref(made)
-    kept.keep(tensor, made)
-    del made, tensor
+    kept, tensor = Derived[torch.Tensor](), torch.zeros(4)
+    found = weakref.ref(kept.of([tensor], lambda: torch.ones(4)))
+    assert found() is not None
+    del tensor
     gc.collect()
     assert found() is None
 
 
+def test_forgotten() -> None:
+    kept, others, make, tensor = Derived[int](), Derived[int](), numbers(), torch.zeros(4)
+    assert [one.of([tensor], make) for one in (kept, others)] == [0, 1]
+    forget(tensor.view(2, 2))
+    assert [one.of([tensor], make) for one in (kept, others)] == [2, 3]
+
+
+def test_a_weight_that_is_trained_is_made_again() -> None:
+    """Also where what changes it keeps PyTorch's version, as FSDP does when it gathers a parameter."""
+    kept, make = Derived[int](), numbers()
+    layer = sp.linear(torch.randn(64, 64), sp.block(16, density=0.5))
+    values = next(one for one in layer.parameters() if one.requires_grad)
+    assert kept.of([values], make) == 0
+    layer(torch.randn(3, 64)).sum().backward()
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(values):
+        values.mul_(2)
+    assert kept.of([values], make) == 1
+
+
 @pytest.mark.gpu
-def test_what_is_made_while_a_graph_is_captured_is_the_graphs() -> None:
-    kept: Derived[torch.Tensor] = Derived()
-    tensor = torch.ones(4, device="cuda")
+def test_nothing_is_made_while_a_graph_is_captured() -> None:
+    kept, make, tensor = Derived[int](), numbers(), torch.ones(4, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        kept.keep(tensor, tensor * 2)
-    assert kept.get(tensor) is None
-    kept.keep(tensor, tensor * 2)
-    assert kept.get(tensor) is not None
+        assert kept.of([tensor], make) is None
+    assert kept.of([tensor], make) == 0
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        assert kept.of([tensor], make) == 0
+
+
+@pytest.mark.gpu
+def test_what_is_made_is_not_of_a_pool_in_use() -> None:
+    pool, kept, tensor = torch.cuda.MemPool(), Derived[torch.Tensor](), torch.ones(4, device="cuda")
+    with torch.cuda.use_mem_pool(pool):
+        made = kept.of([tensor], lambda: tensor * 2)
+    assert made is not None
+    pooled = [block["address"] for segment in pool.snapshot() for block in segment["blocks"]]
+    assert made.data_ptr() not in pooled
+    assert torch.equal(made, tensor * 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -18,20 +19,23 @@ from spgen.weights.pairs import NOWHERE, pairs_of
     st.floats(0, 1),
     st.sampled_from([1, 2, 4]),
     st.booleans(),
+    st.sampled_from([1, 7, 512]),
     st.integers(0, 99),
 )
 def test_each_block_is_in_one_entry(
-    n_lists: int, n_columns: int, density: float, per: int, own: bool, seed: int
+    n_lists: int, n_columns: int, density: float, per: int, own: bool, at_once: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(n_lists, n_columns, generator=generator) < density
     rows, columns = mask.nonzero(as_tuple=True)
     indptr = torch.cat((torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0))).int()
     places = torch.randperm(len(rows), generator=generator).int() if own else None
-    pairs = pairs_of(indptr, columns.int(), places, per)
+    with mock.patch("spgen.weights.pairs._AT_ONCE", at_once):
+        pairs = pairs_of(indptr, columns.int(), places, per)
     assert {tensor.dtype for tensor in pairs} == {torch.int32}
     assert sorted(one for one in pairs.lists.flatten().tolist() if one >= 0) == list(range(n_lists))
-    assert (pairs.lists < 0).sum() == n_lists % 2
+    parts = [min(at_once, n_lists - at) for at in range(0, n_lists, at_once)]
+    assert (pairs.lists < 0).sum() == sum(part % 2 for part in parts)
     found = {}
     end = 0
     lengths = []

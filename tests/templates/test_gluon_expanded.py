@@ -23,9 +23,9 @@ from spgen.weights.storage import Layout, Stored, dequantized, pack, quantized
 ROWS = 64
 
 
-def kernel(values: str, block_m: int = 8, **flags: Any) -> Op:
+def kernel(values: str, block_m: int = 8, options: tuple[str, ...] = (), **flags: Any) -> Op:
     request = Request("bfloat16", Layout("n_of_m", 2, 4), values, values != "bfloat16", Target.of("sm_90"), **flags)
-    return kernel_of(request, Sizes(block_m, 128, 512, 256), Config(block_m, 128, ("warpgroups=2",)))
+    return kernel_of(request, Sizes(block_m, 128, 512, 256), Config(block_m, 128, ("warpgroups=2", *options)))
 
 
 class Number(int):
@@ -222,6 +222,14 @@ def test_two_parts_of_float8_are_bf16(size: float) -> None:
     assert (found == wanted)[exact].all()
     x[9] = float("inf")
     assert np.isnan(arranged(x, one)).all()
+
+
+def test_a_consumer_can_wait_for_all_that_it_takes_at_once() -> None:
+    assert expanded.expresses(kernel("int8", 64, ("stages=1",)))
+    assert not expanded.expresses(kernel("int8", 64, ("stages=1",), gated=True))
+    assert expanded.expresses(kernel("int8", 64, ("stages=2",), gated=True))
+    assert not expanded.expresses(kernel("float8_e4m3fn", 32, ("together=2", "x_stages=1")))
+    assert expanded.expresses(kernel("float8_e4m3fn", 32, ("together=2", "x_stages=2")))
 
 
 def test_what_the_form_expresses() -> None:

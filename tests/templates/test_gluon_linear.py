@@ -52,6 +52,7 @@ def test_lists_by_twos() -> None:
     assert linear.expresses(kernel(32, 32, options=paired))
     assert not linear.expresses(kernel(128, 128, options=paired))
     assert not linear.expresses(kernel(32, 32, options=paired, gated=True, block_m=128))
+    assert not linear.expresses(kernel(32, 32, options=paired, block_n=16))  # a tile has all columns of both lists
     text = render("gluon/linear.py.jinja", **linear.symbols(kernel(32, 32, options=paired, bias=True)))
     assert text.count("w_s.index((stage * PER + sub) * 2") == 2
     assert "order" not in text
