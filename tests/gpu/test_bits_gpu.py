@@ -148,11 +148,14 @@ def test_cusparselt(m: int) -> None:
     x, weights, _ = Product(m, 256, 512, "n_of_m(2, 4)", "bfloat16", density=0.9).tensors("cuda")
     plain = Product(m, 256, 512, "n_of_m(2, 4)", "bfloat16", density=0.9)
     first = run(plain, target(), x, weights)
-    weights[0].values.mul_(2)  # the library's form is made anew
-    torch.testing.assert_close(run(plain, target(), x, weights), 2 * first)
+    for _ in range(4):  # from the third call on with the library's form as it was kept
+        torch.testing.assert_close(run(plain, target(), x, weights), first)
+    weights[0].values.mul_(2)  # it is made anew
+    for _ in range(4):
+        torch.testing.assert_close(run(plain, target(), x, weights), 2 * first)
     with torch.inference_mode():
         inferred = [replace(one, values=one.values.clone()) for one in weights]
-        for _ in range(2):
+        for _ in range(4):
             torch.testing.assert_close(run(plain, target(), x, inferred), 2 * first)
     y = ops.product(x.view(1, m, 512), tuple(weights), None, "none")
     assert y.is_contiguous()

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+import spgen as sp
 from spgen.target import Target
 from tests.products import ACTIVATIONS, Product, backend_of, check, check_gradient, kernel_of, run
 
@@ -115,6 +116,38 @@ def test_in_a_graph(m: int) -> None:
     y.fill_(torch.nan)
     graph.replay()
     assert torch.equal(y, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")  # which torch makes to keep its pool
+@pytest.mark.parametrize("pattern", [sp.block(32, density=0.3), sp.n_of_m(2, 4)])
+def test_compiled_into_graphs(pattern: sp.Pattern) -> None:
+    """What is kept of a weight must not come from the pools of graphs."""
+    layer = sp.linear(torch.randn(1024, 1024, device="cuda", dtype=torch.bfloat16) / 32, pattern)
+    x = torch.randn(500, 1024, device="cuda", dtype=torch.bfloat16)
+    wanted = x.double() @ layer.weight.dense().double().T
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(5):
+            assert (compiled(x).double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("warm", [0, 1, 3])
+@pytest.mark.parametrize("layout", ["blocks(32, 32)", "n_of_m(2, 4)"])
+def test_captured_at_once(layout: str, warm: int) -> None:
+    """Graphs of weights that were never used, or not often enough for their own form."""
+    product = Product(500, 1024, 1024, layout, "bfloat16", density=0.3)
+    x, weights, _ = product.tensors("cuda")
+    other = Product(500, 1024, 1024, layout, "bfloat16", density=0.3, seed=1).tensors("cuda")[1]
+    for _ in range(4):
+        run(product, target(), x, other)  # what is compiled or searched once
+    for _ in range(warm):
+        run(product, target(), x, weights)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run(product, target(), x, weights)
+    graph.replay()
+    wanted = x.double() @ weights[0].dense().double().T
+    assert (y.double() - wanted).norm() <= 4e-3 * wanted.norm()
 
 
 def test_wide_addresses() -> None:

@@ -50,6 +50,15 @@ def test_values_made_in_inference_mode_are_taken_to_be_constant() -> None:
     assert [kept.of([tensor], make) for _ in range(2)] == [0, 0]
 
 
+def test_kept_if_values_stay_for_some_calls() -> None:
+    kept, make, tensor = Derived[int](patience=2), numbers(), torch.zeros(4)
+    assert [kept.of([tensor], make) for _ in range(4)] == [None, None, 0, 0]
+    for _ in range(3):
+        tensor.add_(1)
+        assert [kept.of([tensor], make) for _ in range(2)] == [None, None]
+    assert kept.of([tensor], make) == 1
+
+
 def test_freed_with_the_tensor() -> None:
     kept, tensor = Derived[torch.Tensor](), torch.zeros(4)
     found = weakref.ref(kept.of([tensor], lambda: torch.ones(4)))
