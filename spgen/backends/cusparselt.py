@@ -25,8 +25,7 @@ _ROWS = 16  # of x
 _DTYPES = ("bfloat16", "float16")
 _SHARES = ((1, 2), (1, 4), (2, 4))  # of which at most 2 of 4 are stored
 
-# the library's form of a weight, by its values; those of training change before the third call
-_compressed: Derived[Tensor] = Derived(patience=2)
+_compressed: Derived[Tensor] = Derived()  # the library's form of a weight, by its values
 _algorithms: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
@@ -50,7 +49,7 @@ def is_there(target: Target) -> bool:
 def compressed(values: Tensor, unpacked: Callable[[], Tensor]) -> Tensor:
     """The library's form of the weight [N, K] with these stored values, kept if they stay the same.
 
-    What is compressed while a graph is captured is compressed again by each replay.
+    What is compressed while a graph is captured is compressed again by each of its runs.
     """
 
     def made() -> Tensor:

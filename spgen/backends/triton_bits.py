@@ -7,7 +7,7 @@
 | `warps_n`, `steps` | of those: warps beside each other on rows of weights; chunks of columns on their way |
 | `warpgroups` | on Hopper: up to 256 rows times 2:4 weights that threads expand, 64 rows of them a warpgroup |
 | `stages`, `x_stages`, `together`, `shares` | of those: see templates/gluon/expanded.py.jinja |
-| `pair` | 1, of those: registers for two programs of one warpgroup and two shares to a multiprocessor |
+| `programs` | 2, of those: registers for two programs of one warpgroup and two shares to a multiprocessor |
 | `splits` | 1, of those: programs share the tiles' steps evenly, for weights of few rows |
 | `walk`, `words` | few rows times bitmaps: see spgen/backends/gluon_walk.py |
 | `cusparselt` | 1: many rows times 2:4 weights, by that library |
@@ -162,7 +162,7 @@ class BitsProduct:
 
 
 class LibraryProduct(BitsProduct):
-    """y = x W^T + bias over 2:4 weights by cuSPARSELt, whose form of a weight is made at its first call."""
+    """y = x W^T + bias over 2:4 weights by cuSPARSELt, whose form of a weight is kept."""
 
     def __call__(self, x: Tensor, weights: Sequence[Stored], bias: Tensor | None, y: Tensor) -> None:
         """Write y."""

@@ -85,12 +85,13 @@ def test_scales_are_those_of_sums(m: int, layout: str) -> None:
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("values", ["int8", "int4", "float8_e4m3fn"])
-def test_lanes_hold_columns_of_their_own(target: str, dtype: str, values: str) -> None:
+@pytest.mark.parametrize("options", [{}, {"transposed": True}, {"gated": True}])
+def test_lanes_hold_columns_of_their_own(target: str, dtype: str, values: str, options: dict[str, object]) -> None:
     """Triton 3.6 gives some lanes the same columns of x again where a step has too few for what each of four reads."""
     if target == "sm_80" and values.startswith("float8"):
         return
     for m in (7, 16, 40):
-        one, sizes = request("blocks(16, 16)", target, dtype, values=values), Sizes(m, 520, 1000, 100)
+        one, sizes = request("blocks(16, 16)", target, dtype, values, **options), Sizes(m, 520, 1000, 100)
         config = default_config(one, sizes).having(step=16, **({"tf32x3": 1} if dtype == "float32" else {}))
         kernel = kernel_of(one, sizes, config)
         program = build(kernel, one.target).program

@@ -50,11 +50,12 @@ def test_values_made_in_inference_mode_are_taken_to_be_constant() -> None:
     assert [kept.of([tensor], make) for _ in range(2)] == [0, 0]
 
 
-def test_kept_if_values_stay_for_some_calls() -> None:
-    kept, make, tensor = Derived[int](patience=2), numbers(), torch.zeros(4)
+def test_of_parameters_kept_if_values_stay_for_some_calls() -> None:
+    kept, make, tensor = Derived[int](), numbers(), torch.zeros(4, requires_grad=True)
     assert [kept.of([tensor], make) for _ in range(4)] == [None, None, 0, 0]
     for _ in range(3):
-        tensor.add_(1)
+        with torch.no_grad():
+            tensor.add_(1)
         assert [kept.of([tensor], make) for _ in range(2)] == [None, None]
     assert kept.of([tensor], make) == 1
 
@@ -79,12 +80,41 @@ def test_a_weight_that_is_trained_is_made_again() -> None:
     """Also where what changes it keeps PyTorch's version, as FSDP does when it gathers a parameter."""
     kept, make = Derived[int](), numbers()
     layer = sp.linear(torch.randn(64, 64), sp.block(16, density=0.5))
-    values = next(one for one in layer.parameters() if one.requires_grad)
-    assert kept.of([values], make) == 0
+    (values,) = layer.parameters()
+    assert [kept.of([values], make) for _ in range(3)] == [None, None, 0]
     layer(torch.randn(3, 64)).sum().backward()
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(values):
         values.mul_(2)
-    assert kept.of([values], make) == 1
+    assert [kept.of([values], make) for _ in range(3)] == [None, None, 1]
+
+
+class Captured(torch.Tensor):
+    """Says that it is on a GPU, where a graph is being captured."""
+
+    is_cuda = True
+
+
+def test_what_a_graph_reads_stays_with_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, values = Derived[torch.Tensor](), torch.zeros(4)
+    found = weakref.ref(kept.of([values], lambda: torch.ones(4)))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert kept.of([values.as_subclass(Captured)], lambda: torch.ones(4)) is found()
+    values.add_(1)
+    assert kept.of([values.as_subclass(Captured)], lambda: torch.ones(4)) is None  # made only outside of captures
+    assert kept.of([values], lambda: torch.zeros(4)) is not found()
+    forget(values)
+    gc.collect()
+    assert found() is not None
+    del values
+    gc.collect()
+    assert found() is None
+
+
+def test_graphs_read_nothing_that_training_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, values = Derived[int](), torch.zeros(4, requires_grad=True)
+    assert [kept.of([values], lambda: 1) for _ in range(3)] == [None, None, 1]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert kept.of([values.as_subclass(Captured)], lambda: 1) is None
 
 
 @pytest.mark.gpu
