@@ -88,10 +88,8 @@ def autotune(
         return
     known.update(path)  # a file that cannot be written is told before minutes of work, not after
     states = [(case, _finished(known, case, target, effort)) for case in cases]
-    done, left = (
-        [record for _, record in states if record is not None],
-        [case for case, record in states if record is None],
-    )
+    done = [record for _, record in states if record is not None]
+    left = [case for case, record in states if record is None]
     found = [*done, *(_run(left, target, known, path, effort.value, devices or "0") if left else [])]
     _show(found, path)
 

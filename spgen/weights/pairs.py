@@ -1,7 +1,7 @@
 """Pairs of lists of blocks that have columns in common: what both need of x is brought once for the two.
 
-Kernels of narrow blocks wait for x, of which every block takes a tile of its own. Of two block rows drawn at random
-with a tenth of all blocks each a tenth of the tiles are the same; of two that were chosen for it a third.
+Kernels of narrow blocks wait for x, of which every block takes a tile of its own. Two block rows with a tenth of all
+blocks each, drawn at random, have 5 % of their tiles in common; matched among 448 of them, 17 %.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def pairs_of(indptr: Tensor, columns: Tensor, places: Tensor | None = None, per:
 
     A list's columns differ. Partners are those with the most columns in common that are still free, among 512 lists a
     maximal matching of at least half the best weight (Drake and Hougardy, "A simple approximation algorithm for the
-    weighted matching problem", 2003, section 1).
-    Each kind of entries of a pair is filled up to a multiple of `per`. Tensors are on the device of `indptr`.
+    weighted matching problem", 2003, section 1). Each kind of entries of a pair is filled up to a multiple of `per`.
+    Tensors are on the device of `indptr`.
     """
     device, count = columns.device, len(columns)
     lengths = indptr.long().diff()
