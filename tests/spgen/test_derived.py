@@ -121,9 +121,11 @@ def test_graphs_read_nothing_that_training_changes(monkeypatch: pytest.MonkeyPat
 def test_nothing_is_made_while_a_graph_is_captured() -> None:
     kept, make, tensor = Derived[int](), numbers(), torch.ones(4, device="cuda")
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        assert kept.of([tensor], make) is None
+        tensor.add_(1)  # a graph of nothing warns
+        assert kept.of([torch.ones(4, device="cuda")], make) is None
     assert kept.of([tensor], make) == 0
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        tensor.mul(2)
         assert kept.of([tensor], make) == 0
 
 
