@@ -17,8 +17,8 @@ Up to 4 rows of x are multiplied as weights come, up to 8 by bitmaps of which li
 64, on Hopper up to 256, by tensor cores if the storage is 2:4. All other products unpack the weight, to a workspace
 [N, K] of x's dtype, and leave the rest to cuBLAS: tiles that were unpacked in shared memory for Triton's `dot` took
 three times as long, at any number of rows. Values of fewer bits are unpacked exactly and the sums scaled, but for
-transposed products, whose weights are rounded to x's dtype after scaling. Expanded float8 values stay float8, and up to
-64 rows of x become two parts of it.
+transposed products, whose weights are rounded to x's dtype after scaling. Expanded float8 values stay float8, int4
+becomes it, and up to 64 rows of x become two parts of it.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ APART = 32  # counters, a line of the cache
 ARRANGED = 4  # steps of a row of x that a program of `arrange` writes
 ARRANGED_WARPS = 16  # of a program that takes a row apart
 _BOX = 32  # words of a row that lie side by side in shared memory
+_FLOAT8_HOLDS = (FLOAT8, "int4")
 _PARTED = 64  # columns of sums, of x that comes in parts: the latest of both parts are kept beside them
 _X_BYTES = 96 * 2**10  # of shared memory for x, beside one weight of 16 bits; beside more two thirds
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # by warpgroups
@@ -48,10 +49,10 @@ def expresses(kernel: Op) -> bool:
 def parts_of_x(values: str, sums: int) -> int:
     """Of how many float8 numbers each of x is the sum; 1: x is as it is.
 
-    Two of them, the second of what the first leaves, hold the eight bits of bf16, and float8 values need no widening.
-    `sums` are columns of sums: rows of x for each weight.
+    Two of them, the second of what the first leaves, hold the eight bits of bf16, and values that float8 holds exactly
+    are not widened. `sums` are columns of sums: rows of x for each weight.
     """
-    return 2 if values == FLOAT8 and sums <= _PARTED else 1
+    return 2 if values in _FLOAT8_HOLDS and sums <= _PARTED else 1
 
 
 def parts(kernel: Op) -> int:

@@ -54,7 +54,7 @@ def test_quantised_values(values: str, m: int) -> None:
 def test_all_places_of_a_group() -> None:
     """Every choice of up to two of four places, in every group of a chunk."""
     codes = [code for code in range(16) if code.bit_count() <= 2]
-    for values in ("", "float8_e4m3fn"):
+    for values in ("", "float8_e4m3fn", "int4"):
         for m in (1, 8, 16):
             product = Product(m, 16 * len(codes), 128, "n_of_m(2, 4)", "bfloat16", values, density=1.0)
             x, _, _ = product.tensors("cuda")
@@ -71,12 +71,15 @@ OTHERS = ("cores", "warps", "steps", "cusparselt", "dense", "programs", "splits"
 EXPANDED = (("warpgroups", 2), ("shares", 1), ("stages", 3), *((name, None) for name in OTHERS))
 
 
-@pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int8", "int4"])
-@pytest.mark.parametrize("m", [4, 8, 32, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("values", "m"),
+    [
+        *((values, m) for values in ("", "float8_e4m3fn", "int8", "int4") for m in (8, 32, 64, 128, 256)),
+        *((values, 4) for values in ("float8_e4m3fn", "int4")),  # tiles of 4 rows are for x in two parts
+    ],
+)
 def test_expanded_weights(values: str, m: int) -> None:
     """Rows of x and of weights, and columns, that fill no tile; with one and with two warpgroups to a row."""
-    if m < 8 and values != "float8_e4m3fn":
-        pytest.skip("tiles of 4 rows are for x in two parts")
     for shares in (1, 2) if m <= 64 else (1,):
         for rows, n, k in ((m, 256, 1024), (m - 3, 328, 1152), (m - 1, 72, 384)):
             config = {**dict(EXPANDED), "block_m": m, "shares": shares}
@@ -85,6 +88,19 @@ def test_expanded_weights(values: str, m: int) -> None:
             check(replace(plain, bias=True, activation="silu"), target(), "cuda")
             if m < 256 and (shares == 1 or m <= 32):
                 check(replace(plain, gated=True, bias=True, activation="gelu_tanh"), target(), "cuda")
+
+
+@pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int8", "int4"])
+@pytest.mark.parametrize(("warpgroups", "programs"), [(1, 2), (2, 1)])
+def test_weights_are_read_before_they_are_replaced(values: str, warpgroups: int, programs: int) -> None:
+    """The same sums at each call: copies overtake reads only now and then, most often of two programs side by side."""
+    options = {"warpgroups": warpgroups, "programs": programs, "shares": 2, "stages": 2, "together": 2, "x_stages": 8}
+    config = {**dict(EXPANDED), **options, "block_m": 32}
+    product = Product(32, 14336, 4096, "n_of_m(2, 4)", "bfloat16", values, density=1.0, config=tuple(config.items()))
+    y = check(product, target(), "cuda")
+    x, weights, _ = product.tensors("cuda")
+    for _ in range(100):
+        assert torch.equal(run(product, target(), x, weights), y)
 
 
 @pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int4"])
@@ -109,10 +125,11 @@ def test_tiles_that_programs_share(values: str, m: int) -> None:
             check(replace(gated, gated=True, bias=True, activation="silu"), target(), "cuda")
 
 
-def test_x_in_parts_of_float8() -> None:
+@pytest.mark.parametrize("values", ["float8_e4m3fn", "int4"])
+def test_x_in_parts_of_float8(values: str) -> None:
     """Rows of any size, of zeros, with outliers, with infinity: the rounding of y is all that is left."""
     for m in (1, 6, 33):
-        product = Product(m, 200, 4224, "n_of_m(2, 4)", "bfloat16", "float8_e4m3fn", density=1.0)
+        product = Product(m, 200, 4224, "n_of_m(2, 4)", "bfloat16", values, density=1.0)
         x, weights, _ = product.tensors("cuda")
         x *= 2.0 ** torch.arange(-60, 60, 120 / m, device="cuda")[:m, None]
         x[-1, 7] = 3e3 * x[-1].abs().max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import spgen as sp
 from spgen.backends import cusparselt
 from spgen.backends.gluon_bits import ExpandedProduct
+from spgen.backends.triton_binary import compile_ahead
 from spgen.backends.triton_bits import BitsProduct, LibraryProduct
 from spgen.ir.config import Config
 from spgen.target import Target
@@ -60,11 +62,12 @@ def test_quantised_values_compile(target: str, values: str, m: int) -> None:
 
 @pytest.mark.parametrize(
     ("target", "values", "m", "cores"),
-    [("sm_90", "bfloat16", 1, 1), ("sm_80", "bfloat16", 8, 1), ("sm_90", "int4", 1, 1), ("sm_80", "int4", 8, 0),
+    [("sm_90", "bfloat16", 1, 1), ("sm_80", "bfloat16", 8, 1), ("sm_90", "int8", 1, 1), ("sm_90", "int4", 1, 0),
+     ("sm_80", "int4", 8, 0),
      ("gfx942", "bfloat16", 8, 0), ("sm_90", "bfloat16", 512, 0)],
 )  # fmt: skip
 def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, cores: int) -> None:
-    scales = values == "int4"
+    scales = values != "bfloat16"
     request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, scales, Target.of(target))
     assert config_of(request, Sizes(m, 14336, 1024, 100)).option("cores") == cores
     assert config_of(request, Sizes(m, 14336, 1023, 100)).option("cores") == 0
@@ -78,6 +81,7 @@ def test_where_sparse_tensor_cores_are_used(target: str, values: str, m: int, co
      (64, "bfloat16", False, ("shares=2", "splits=1")), (16, "int4", True, ("shares=1", "splits=1")),
      (32, "bfloat16", False, ("shares=2", "x_stages=4", "together=2", "programs=2", "splits=1")),
      (4, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "programs=2")),
+     (4, "int4", False, ("shares=2", "x_stages=8", "together=2", "programs=2")),
      (16, "float8_e4m3fn", True, ("shares=2",)),
      (16, "float8_e4m3fn", False, ("shares=2", "x_stages=8", "together=2", "programs=2", "splits=1"))],
 )  # fmt: skip
@@ -91,6 +95,20 @@ def test_expanded_weights_compile(m: int, values: str, gated: bool, options: tup
     kernel = ExpandedProduct(one, request.target)
     for entry in kernel.program.forms:
         assert not kernel.program.binary(entry).resources["spilled"]
+
+
+@pytest.mark.parametrize(("m", "values"), [(8, "bfloat16"), (32, "int4"), (64, "float8_e4m3fn"), (16, "int8")])
+def test_weights_are_read_before_they_are_replaced(m: int, values: str) -> None:
+    """Copies by tensor maps are ordered behind what threads have read by a fence alone."""
+    request = Request("bfloat16", Layout.read("n_of_m(2, 4)"), values, values != "bfloat16", Target.of("sm_90"))
+    sizes = Sizes(m, 14336, 4096, 2048)
+    program = ExpandedProduct(kernel_of(request, sizes, config_of(request, sizes)), request.target).program
+    text = compile_ahead(program.specialised("linear"), request.target).asm["ptx"]
+    last = ""
+    for one in re.findall(r"ld\.shared\.v|fence\.proxy\.async|mbarrier\.arrive\.shared", text):
+        assert (last, one) != ("ld.shared.v", "mbarrier.arrive.shared")
+        last = one
+    assert {"ld.shared.v", "fence.proxy.async"} <= set(re.findall(r"ld\.shared\.v|fence\.proxy\.async", text))
 
 
 def test_where_weights_are_expanded() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
@@ -42,26 +43,50 @@ def layout(*fields: Any, **named: Any) -> SimpleNamespace:
     return SimpleNamespace(value=fields, fields=fields)
 
 
-def assembled(text: str, _: str, operands: list[Any], **named: Any) -> Any:
-    """What the two pieces of assembly of the template do."""
+def assembled(text: str, constraints: str, operands: list[Any], **named: Any) -> Any:
+    """What a piece of the template's assembly does, of which lanes hold `choice` as the last operand."""
     words = [np.asarray(one).astype(np.int64) & 0xFFFFFFFF for one in operands]
     if named.get("pack") == 4:
         return words[0] >> 8 * np.arange(4) & 0xFF  # of four copies a byte each
-    if "shfl" not in text:
+    if text.startswith("mov.b32 {$0, $1}"):
         return (words[0] & 0xFFFF).astype(np.uint16), (words[0] >> 16).astype(np.uint16)
-    pairs, codes, choice = words
-    lanes = choice[0, 0, :, :, 0].reshape(32)  # thread t of four in row g is lane 4 g + t
-    source = [pairs >> 8 * i & 0xFF if i < 4 else 0 * pairs for i in range(8)]
-    if "xor" in text:
-        selectors = lanes[codes & 31], lanes[codes >> 4 & 31] ^ 0x2222
-    else:
-        selectors = lanes[codes & 31], lanes[codes & 31] >> 16
-    placed = []
-    for selected in selectors:
-        nibbles = [selected >> 4 * i & 15 for i in range(4)]
-        assert all((nibble < 8).all() for nibble in nibbles)
-        placed.append(sum(np.choose(nibble, source) << 8 * i for i, nibble in enumerate(nibbles)))
-    return tuple(placed)
+    results = constraints.count("=")
+    known = {f"${results + i}": word for i, word in enumerate(words)}
+    for operation, arguments in re.findall(r"^\s*(?!\.reg)([a-z][\w.:]+) ([^;]+);", text, re.M):
+        to, *sources = re.split(r",\s*", arguments)
+        values = [known[one] if one in known else np.int64(int(one, 0)) for one in sources]
+        known[to] = OPERATIONS[operation](*values) & 0xFFFFFFFF
+    return tuple(known[f"${i}"] for i in range(results))
+
+
+def permuted(low: Any, high: Any, selector: Any) -> Any:
+    """`prmt`: bytes by the selector's lowest three bits, or eight times their sign by its fourth."""
+    source = [word >> 8 * i & 0xFF for word in (low, high) for i in range(4)]
+    total = 0 * selector
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = np.choose(nibble & 7, source)
+        total = total | np.where(nibble > 7, (byte >> 7) * 0xFF, byte) << 8 * i
+    return total
+
+
+def shuffled(choice: Any, lane: Any, *_: Any) -> Any:
+    """`shfl`: thread t of four in row g is lane 4 g + t."""
+    return choice[0, 0, :, :, 0].reshape(32)[lane & 31]
+
+
+def looked_up(a: Any, b: Any, c: Any, table: int) -> Any:
+    """`lop3`, bit by bit."""
+    total = 0 * a
+    for i in (one for one in range(8) if int(table) >> one & 1):
+        total = total | (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+    return total
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "and.b32": np.bitwise_and, "xor.b32": np.bitwise_xor, "shl.b32": np.left_shift, "shr.u32": np.right_shift,
+    "prmt.b32": permuted, "lop3.b32": looked_up, "shfl.sync.idx.b32": shuffled,
+}  # fmt: skip
 
 
 def fake(store: Callable[..., None]) -> dict[str, ModuleType]:
@@ -81,7 +106,7 @@ def fake(store: Callable[..., None]) -> dict[str, ModuleType]:
     }  # fmt: skip
     gl.__dict__.update(known)
     tl.__dict__.update(known | {"store": store, "int64": np.int64})
-    for name in ("mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait"):
+    for name in ("fence_async_shared", "mbarrier", "tma", "warpgroup_mma", "warpgroup_mma_wait"):
         setattr(hopper, name, None)
     gluon.language, triton.language = gl, tl  # type: ignore[attr-defined]
     root = "triton.experimental.gluon"
@@ -178,7 +203,8 @@ def quarter(names: dict[str, Any], stored: Stored, one: Op, at: int) -> Any:
     bits = stored.index[0].view(torch.int32).numpy().astype(np.int64) & 0xFFFFFFFF
     tile = words.reshape(ROWS, boxes, -1)[:, at // near].reshape(4, 2, 8, 4, near, -1)[..., at % near, :]
     if expanded.parts(one) > 1:
-        dense = names["operand"](tile, bits.reshape(4, 2, 8, 2, 4, 2)[:, :, :, at // 2, :, at % 2], names["choices"]())
+        own = bits.reshape(4, 2, 8, boxes, 4, near)[:, :, :, at // near, :, at % near]
+        dense = names["operand"](tile, own, names["choices"]())
         return torch.from_numpy(dense.astype(np.uint8)).view(torch.float8_e4m3fn).float().numpy()
     halves = bits.reshape(4, 2, 8, *((2, 4) if boxes == 2 else (4, 2)))
     half = halves[:, :, :, at // 2] if boxes == 2 else halves[..., at // 2]
@@ -187,11 +213,13 @@ def quarter(names: dict[str, Any], stored: Stored, one: Op, at: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("values", "m"), [("bfloat16", 8), ("float8_e4m3fn", 8), ("float8_e4m3fn", 128), ("int8", 8), ("int4", 8)]
-)
-def test_the_order_of_columns_and_the_places_of_values(values: str, m: int) -> None:
+    ("values", "m", "parts"),
+    [("bfloat16", 8, 1), ("float8_e4m3fn", 8, 2), ("float8_e4m3fn", 128, 1), ("int8", 8, 1), ("int4", 8, 2),
+     ("int4", 128, 1)],
+)  # fmt: skip
+def test_the_order_of_columns_and_the_places_of_values(values: str, m: int, parts: int) -> None:
     one = kernel(values, m)
-    assert expanded.parts(one) == (2 if (values, m) == ("float8_e4m3fn", 8) else 1)
+    assert expanded.parts(one) == parts
     step = expanded.step(one)
     stored = weight(values, step)
     x = torch.randn(step).bfloat16()
@@ -204,6 +232,15 @@ def test_the_order_of_columns_and_the_places_of_values(values: str, m: int) -> N
     )  # fmt: skip
     wanted = plain.dense().double().numpy() @ x.double().numpy()
     assert np.linalg.norm(total - wanted) <= 1e-6 * np.linalg.norm(wanted)
+
+
+def test_int4_as_float8() -> None:
+    codes = torch.arange(16).repeat(16).view(2, 16, 8)
+    codes[1] = torch.randint(16, (16, 8), generator=torch.Generator().manual_seed(4))
+    words = (codes.numpy().astype(np.int64) << 4 * np.arange(8)).sum(-1)
+    halves = np.stack(loaded(kernel("int4"))["as_float8"](words), -1)
+    found = torch.from_numpy(halves[..., None] >> 8 * np.arange(4) & 0xFF).to(torch.uint8).view(torch.float8_e4m3fn)
+    assert torch.equal(found.float().flatten(-2), torch.where(codes > 7, codes - 16, codes).float())
 
 
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 3e37])
