@@ -279,8 +279,9 @@ def mlp(
 
     `w_gate` and `w_up` [F, D], `w_down` [D, F]; without a gate (None) activation(x up^T) down^T. `pattern` is over
     [F, D] for gate and up, and its transpose holds for down (selections choose for each weight by itself); a tuple
-    gives each its own. `hidden_bias` [F] is added before the activation, `bias` [D] at the end. Where the pattern is
-    `sp.permuted(p, q=…)` the hidden features are stored in that order, which costs a call nothing.
+    gives each its own. Of `n_of_m` give three: its transpose has groups along down's outputs and is kept as a bitmap,
+    whose products are slower. `hidden_bias` [F] is added before the activation, `bias` [D] at the end. Where the pattern
+    is `sp.permuted(p, q=…)` the hidden features are stored in that order, which costs a call nothing.
 
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """
