@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from spgen.arguments import DTYPES
-from spgen.errors import DtypeError, ShapeError, UnsupportedError
+from spgen.errors import DataError, DtypeError, ShapeError, UnsupportedError
 from spgen.ir.kernel import ACTIVATIONS
 from spgen.ops import is_plain
 from spgen.patterns import Pattern
 from spgen.weights import ops
+from spgen.weights.consistency import check_consistent
 from spgen.weights.order import Orders, orders_of
 from spgen.weights.select import stored as select
 from spgen.weights.storage import Layout, Stored, pack, quantized
@@ -37,6 +38,7 @@ class Weight(nn.Module):
     """A weight's stored values, a parameter, and their index, buffers; `Linear` and `MLP` are made of it.
 
     Quantised values are buffers, too. A state of another number of blocks or values loads: it takes the place of these.
+    One whose index does not describe its values is refused, naming the entry.
     """
 
     scales: Tensor | None
@@ -94,7 +96,15 @@ class Weight(nn.Module):
             tensor, given = getattr(self, name), state_dict.get(prefix + name)
             if tensor is not None and given is not None and given.shape[1:] == tensor.shape[1:]:
                 tensor.data = tensor.new_empty(given.shape)
+        problems: list[str] = rest[-1]
+        known = len(problems)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        has_data = type(self.index[0]) is Tensor and not self.index[0].is_meta
+        if has_data and len(problems) == known:
+            try:
+                check_consistent(prefix, self.stored)
+            except DataError as error:
+                problems.append(str(error))
 
 
 class Features(nn.Module):
@@ -280,8 +290,8 @@ def mlp(
     `w_gate` and `w_up` [F, D], `w_down` [D, F]; without a gate (None) activation(x up^T) down^T. `pattern` is over
     [F, D] for gate and up, and its transpose holds for down (selections choose for each weight by itself); a tuple
     gives each its own. Of `n_of_m` give three: its transpose has groups along down's outputs and is kept as a bitmap,
-    whose products are slower. `hidden_bias` [F] is added before the activation, `bias` [D] at the end. Where the pattern
-    is `sp.permuted(p, q=…)` the hidden features are stored in that order, which costs a call nothing.
+    whose products are slower. `hidden_bias` [F] is added before the activation, `bias` [D] at the end. Where the
+    pattern is `sp.permuted(p, q=…)` the hidden features are stored in that order, which costs a call nothing.
 
     Raises ShapeError, DtypeError, DataError, PatternError or UnsupportedError, naming the argument.
     """

@@ -100,7 +100,7 @@ def dequantized(stored: Stored) -> Tensor:
         values = torch.where(pairs > 7, pairs - 16, pairs)
     values = values.float()
     if stored.layout.kind == "bitmap":
-        counts = _bits_of(stored.index[0]).flatten(1).sum(1)
+        counts = bits_of(stored.index[0]).flatten(1).sum(1)
         values[: int(counts.sum())] *= torch.repeat_interleave(stored.scales, counts)
         return values
     return values * stored.scales[..., None]
@@ -193,7 +193,7 @@ def _tiles(matrix: Tensor, r: int, c: int) -> Tensor:
     return padded.view(-(-rows // r), r, -(-cols // c), c).transpose(1, 2)
 
 
-def _bits_of(words: Tensor) -> Tensor:
+def bits_of(words: Tensor) -> Tensor:
     """Each word's bits, bool [..., bits of a word]."""
     width = 8 * words.element_size()
     return (words[..., None] >> torch.arange(width, device=words.device, dtype=words.dtype) & 1).bool()
@@ -209,12 +209,12 @@ def _unpacked(stored: Stored, values: Tensor) -> Tensor:
         matrix[block_rows(stored), stored.index[1].long()] = values.view(-1, r, c)
         return matrix.transpose(1, 2).flatten(2).flatten(0, 1)[:n, :k].contiguous()
     if layout.kind == "bitmap":
-        kept = _bits_of(stored.index[0]).flatten(1)[:, :k]
+        kept = bits_of(stored.index[0]).flatten(1)[:, :k]
         matrix = values.new_zeros(n, k)
         matrix[kept] = values[: values.numel() - WORD]
         return matrix
     groups = -(-k // layout.padded) * layout.padded // layout.cols
-    kept = _bits_of(stored.index[0]).view(n, groups, layout.cols)
+    kept = bits_of(stored.index[0]).view(n, groups, layout.cols)
     place = (kept.cumsum(-1) - 1).clamp(min=0)
     return (values.view(n, groups, layout.rows).gather(-1, place) * kept).flatten(1)[:, :k].contiguous()
 
@@ -226,9 +226,9 @@ def taken(stored: Stored, matrix: Tensor) -> Tensor:
     if layout.kind == "blocks":
         return _tiles(matrix, layout.rows, layout.cols)[block_rows(stored), stored.index[1].long()].contiguous()
     if layout.kind == "bitmap":
-        kept = _bits_of(stored.index[0]).flatten(1)[:, :k]
+        kept = bits_of(stored.index[0]).flatten(1)[:, :k]
         return torch.cat((matrix[kept], matrix.new_zeros(WORD)))
-    kept = _bits_of(stored.index[0]).view(n, -1, layout.cols)
+    kept = bits_of(stored.index[0]).view(n, -1, layout.cols)
     grouped = torch.nn.functional.pad(matrix, (0, kept.shape[1] * layout.cols - k)).view_as(kept)
     return _first(grouped, kept, layout.rows).flatten(1)
 
@@ -274,7 +274,7 @@ def _rows_of(stored: Stored) -> Tensor | None:
     """The row of each value of a bitmap; None where the values' last axis lies in one row."""
     if stored.layout.kind != "bitmap":
         return None
-    counts = _bits_of(stored.index[0]).flatten(1).sum(1)
+    counts = bits_of(stored.index[0]).flatten(1).sum(1)
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
 
 
