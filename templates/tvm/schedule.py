@@ -25,7 +25,8 @@ class Isa:
     `block_m` is the best row tile, `rows` what the register tiles then have (0: as many as leave registers for the
     operands, beside `block_m // lanes` vectors). `x86` is the family of processors; `fma` whether they multiply and add
     in one step; `scalef` whether there are AVX-512's reduce and scaling by 2^n; `converts` whether fp16 is converted by
-    an instruction; `pairs` whether pairs of bf16 are multiplied faster than fp32.
+    an instruction; `pairs` whether pairs of bf16 are multiplied faster than fp32. `permutes` is the instruction that
+    spreads a vector's floats: see weights/stored.ll.jinja.
     """
 
     lanes: int
@@ -37,13 +38,16 @@ class Isa:
     scalef: bool = False
     converts: bool = False
     pairs: bool = False
+    permutes: str = ""
 
 
 _ISAS = {
-    "avx512_bf16": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True, pairs=True),
-    "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True),
-    "avx2": Isa(lanes=8, registers=16, block_m=16, rows=6, x86=True, converts=True),
-    "neon": Isa(lanes=4, registers=32, block_m=16, converts=True),
+    "avx512_bf16": Isa(
+        lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True, pairs=True, permutes="expand"
+    ),
+    "avx512": Isa(lanes=16, registers=32, block_m=64, x86=True, scalef=True, converts=True, permutes="expand"),
+    "avx2": Isa(lanes=8, registers=16, block_m=16, rows=6, x86=True, converts=True, permutes="permps"),
+    "neon": Isa(lanes=4, registers=32, block_m=16, converts=True, permutes="tbl"),
     "rvv": Isa(lanes=4, registers=32, block_m=16),
     "sse2": Isa(lanes=4, registers=16, block_m=16, rows=3, x86=True, fma=False),
     "none": Isa(lanes=4, registers=16, block_m=8, fma=False),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,9 +184,49 @@ def test_narrower_vectors(text: str, m: int, isa: str) -> None:
 
 @HAS_AVX512
 @pytest.mark.parametrize("isa", ["avx2", "sse2"])
+@pytest.mark.parametrize("values", [None, "int8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize(
+    "text", ["n_of_m(2, 4)", "n_of_m(1, 4)", "n_of_m(4, 8)", "n_of_m(4, 4)", "n_of_m(3, 12)", "bitmap()"]
+)
+def test_values_spread_in_narrower_vectors(text: str, values: str | None, isa: str) -> None:
+    if (text, values) == ("bitmap()", "int4"):
+        pytest.skip("no such storage")
+    check(weight(50, 260, text, values=values), 3, target=OTHERS[isa])
+    if text in ("n_of_m(2, 4)", "bitmap()"):
+        check(weight(50, 260, text, values=values), 9, target=OTHERS[isa], transposed=True)
+
+
+@HAS_AVX512
+@pytest.mark.parametrize("isa", ["avx2", "sse2"])
 def test_pairs_in_a_byte_in_narrower_vectors(isa: str) -> None:
     check(weight(50, 100, "blocks(16, 16)", values="int4"), 3, target=OTHERS[isa])
-    check(weight(50, 100, "n_of_m(2, 4)", values="int4"), 3, target=OTHERS[isa])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="pages as POSIX has them")
+@pytest.mark.parametrize(
+    "target", [CPU, *(pytest.param(OTHERS[isa], marks=HAS_AVX512) for isa in ("avx2", "sse2"))], ids=str
+)
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
+@pytest.mark.parametrize("text", ["blocks(16, 16)", "n_of_m(2, 4)", "n_of_m(4, 8)", "n_of_m(3, 12)", "bitmap()"])
+def test_nothing_is_read_behind_the_values(text: str, values: str | None, target: Target) -> None:
+    """They end where a page does that nobody may read."""
+    if (text, values) == ("bitmap()", "int4"):
+        pytest.skip("no such storage")
+    stored = weight(32, 192, text, values=values)
+    ends = replace(stored, values=at_the_end_of_a_page(stored.values))
+    check(ends, 2, target=target)
+    check(ends, 17, target=target)
+
+
+def at_the_end_of_a_page(tensor: Tensor) -> Tensor:
+    """A copy, behind whose last byte begins a page that cannot be read."""
+    size = tensor.numel() * tensor.element_size()
+    whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(start + whole), mmap.PAGESIZE, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=whole - size)
+    return copy.view(tensor.shape).copy_(tensor)
 
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
@@ -218,11 +261,15 @@ def test_large_results_go_past_the_caches(
 
 
 @pytest.mark.parametrize("device", ["aarch64", "riscv64"])
-@pytest.mark.parametrize("text", ["blocks(32, 32)", "n_of_m(2, 4)"])
-def test_other_processors_are_compiled_for(text: str, device: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("blocks(32, 32)", "float32"), ("n_of_m(2, 4)", "float32"), ("n_of_m(2, 4)", "int8"), ("n_of_m(2, 4)", "int4"),
+     ("bitmap()", "float8_e4m3fn")],
+)  # fmt: skip
+def test_other_processors_are_compiled_for(text: str, values: str, device: str) -> None:
     target = Target.of(device)
     for m in (1, 64):
-        request = Request("float32", Layout.read(text), "float32", False, target, activation="gelu")
+        request = Request("float32", Layout.read(text), values, values != "float32", target, activation="gelu")
         kernel = linear_kernel(request, Sizes(m, 64, 64, 0))
         assert kernel.path.with_name("kernel.o").exists()
         with pytest.raises(DeviceError, match="one for this machine"):

@@ -20,6 +20,7 @@ from spgen.weights.storage import Layout
 
 AVX512 = Target(kind="cpu", name="test", arch="x86-64-v4", isa="avx512", simd=16, registers=32)
 AVX2 = replace(AVX512, arch="x86-64-v3", isa="avx2", simd=8, registers=16)
+NEON = replace(AVX512, arch="generic", isa="neon", simd=4)
 
 
 def kernel(text: str = "blocks(64, 64)", m: int = 64, target: Target = AVX512, **given: Any) -> Op:
@@ -92,8 +93,12 @@ def test_rendered_code_is_the_same_each_time_and_parses(text: str, m: int, targe
 def test_masks_are_expanded_by_instructions_where_there_are_any() -> None:
     half = kernel("n_of_m(2, 4)", 1, values="int4", scales=True)
     assert "mask.expand" in linear_source(half, AVX512)
-    assert "expandload" not in linear_source(half, AVX2)
-    assert "expandload" in linear_source(kernel("bitmap()", 1, AVX2), AVX2)
+    assert "expandload" in linear_source(kernel("bitmap()", 1), AVX512)
+    for text in ("bitmap()", "n_of_m(1, 3)"):
+        assert "avx2.permps" in linear_source(kernel(text, 1, AVX2), AVX2)
+        assert "neon.tbl1" in linear_source(kernel(text, 1, NEON), NEON)
+    for target in (AVX2, NEON):
+        assert f"ashr <{target.simd} x i32>" in linear_source(half, target)
 
 
 def test_gradients() -> None:

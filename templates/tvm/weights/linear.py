@@ -20,6 +20,7 @@ from spgen.templates.tvm.weights.schedule import (
     tiles_of,
 )
 
+_SHIFTED = {"int4": 8, "int8": 4}  # values of a word
 _BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int4": 4}  # of stored values, else 8
 
 
@@ -81,16 +82,47 @@ def _helpers(dtype: str, isa: Isa) -> str:
 def _stored(kernel: Op, isa: Isa) -> str:
     """Those for stored values."""
     whole = kernel["storage"] == "n_of_m" and isa.lanes % kernel["cols"] == 0
+    each = isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0
+    permutes = _permutes(kernel["values"], isa, each)
     return render(
         "tvm/weights/stored.ll.jinja",
         lanes=isa.lanes,
         dtype=kernel["values"],
         converts=isa.converts,
-        expands=isa.scalef,
+        permutes=permutes,
+        spread=_spread(permutes, kernel["values"], isa.lanes, each),
+        padded=kernel["storage"] == "bitmap",
         halves=halves(kernel, isa),
         places=_places(kernel) if picks(kernel, isa) else [],
-        each=isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0,
+        each=each,
     )
+
+
+def _permutes(values: str, isa: Isa, each: int) -> str:
+    """What spreads a vector's values, of which there are `each` (0: any number): see stored.ll.jinja."""
+    fits = each and each < _SHIFTED.get(values, 0)  # in a word, with a zero behind them
+    return "shl" if fits and isa.permutes != "expand" else isa.permutes
+
+
+def _spread(permutes: str, values: str, lanes: int, each: int) -> list[list[int]]:
+    """By the bits of a mask, what its values need to come into the lanes of those bits, a row of bytes.
+
+    The number of each lane's value; for NEON those of its bytes; for shifts how far it is from the top of a word.
+    Blanks have that of a value that is zero, if there is one, else -1.
+    """
+    if permutes == "expand":
+        return []
+    in_word = _SHIFTED.get(values, 0)
+    blank = in_word - 1 if permutes == "shl" else lanes - 1 if 0 < each < lanes and permutes != "tbl" else -1
+    rows = [
+        [(mask % 2**lane).bit_count() if mask >> lane & 1 else blank for lane in range(lanes)]
+        for mask in range(2**lanes)
+    ]
+    if permutes == "shl":
+        return [[32 // in_word * (in_word - 1 - number) for number in row] for row in rows]
+    if permutes == "tbl":
+        return [[-1 if number < 0 else 4 * number + byte for number in row for byte in range(4)] for row in rows]
+    return rows
 
 
 def _places(kernel: Op) -> list[int]:

@@ -109,7 +109,7 @@ def expands(kernel: Op, isa: Isa) -> bool:
     if kernel["values"] != "int4":
         return True
     n, m = kernel["rows"], kernel["cols"]
-    return isa.scalef and isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0
+    return bool(isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0)
 
 
 def halves(kernel: Op, isa: Isa) -> bool:
