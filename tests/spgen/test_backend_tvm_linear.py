@@ -182,18 +182,21 @@ def test_narrower_vectors(text: str, m: int, isa: str) -> None:
     check(weight(50, 100, text), m, target=OTHERS[isa], transposed=True)
 
 
-@HAS_AVX512
-@pytest.mark.parametrize("isa", ["avx2", "sse2"])
+TARGETS = [CPU, *(pytest.param(OTHERS[isa], marks=HAS_AVX512) for isa in ("avx2", "sse2"))]
+SPREAD = ["n_of_m(2, 4)", "n_of_m(1, 4)", "n_of_m(4, 8)", "n_of_m(4, 4)", "n_of_m(3, 12)", "bitmap()"]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.isa)
 @pytest.mark.parametrize("values", [None, "int8", "int4", "float8_e4m3fn"])
-@pytest.mark.parametrize(
-    "text", ["n_of_m(2, 4)", "n_of_m(1, 4)", "n_of_m(4, 8)", "n_of_m(4, 4)", "n_of_m(3, 12)", "bitmap()"]
-)
-def test_values_spread_in_narrower_vectors(text: str, values: str | None, isa: str) -> None:
+@pytest.mark.parametrize("text", SPREAD)
+def test_values_that_are_spread(text: str, values: str | None, target: Target) -> None:
+    """From groups that are full, and from others."""
     if (text, values) == ("bitmap()", "int4"):
         pytest.skip("no such storage")
-    check(weight(50, 260, text, values=values), 3, target=OTHERS[isa])
-    if text in ("n_of_m(2, 4)", "bitmap()"):
-        check(weight(50, 260, text, values=values), 9, target=OTHERS[isa], transposed=True)
+    for share in (0.15, 1.0):
+        check(weight(50, 260, text, share, values=values), 3, target=target)
+        if text in ("n_of_m(2, 4)", "bitmap()"):
+            check(weight(50, 260, text, share, values=values), 9, target=target, transposed=True)
 
 
 @HAS_AVX512
@@ -203,19 +206,18 @@ def test_pairs_in_a_byte_in_narrower_vectors(isa: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="pages as POSIX has them")
-@pytest.mark.parametrize(
-    "target", [CPU, *(pytest.param(OTHERS[isa], marks=HAS_AVX512) for isa in ("avx2", "sse2"))], ids=str
-)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.isa)
 @pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize("text", ["blocks(16, 16)", "n_of_m(2, 4)", "n_of_m(4, 8)", "n_of_m(3, 12)", "bitmap()"])
 def test_nothing_is_read_behind_the_values(text: str, values: str | None, target: Target) -> None:
     """They end where a page does that nobody may read."""
     if (text, values) == ("bitmap()", "int4"):
         pytest.skip("no such storage")
-    stored = weight(32, 192, text, values=values)
-    ends = replace(stored, values=at_the_end_of_a_page(stored.values))
-    check(ends, 2, target=target)
-    check(ends, 17, target=target)
+    for share in (0.15, 0.4):
+        stored = weight(32, 192, text, share, values=values)
+        ends = replace(stored, values=at_the_end_of_a_page(stored.values))
+        check(ends, 2, target=target)
+        check(ends, 17, target=target)
 
 
 def at_the_end_of_a_page(tensor: Tensor) -> Tensor:

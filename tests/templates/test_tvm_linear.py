@@ -101,6 +101,17 @@ def test_masks_are_expanded_by_instructions_where_there_are_any() -> None:
         assert f"ashr <{target.simd} x i32>" in linear_source(half, target)
 
 
+def test_groups_that_are_not_full_are_spread_by_tables() -> None:
+    """Where a byte of bits, or a vector's, holds whole groups; else bit by bit."""
+    for text, target, spread in (
+        ("n_of_m(2, 4)", AVX512, True), ("n_of_m(4, 8)", AVX512, True), ("n_of_m(8, 16)", AVX512, False),
+        ("n_of_m(4, 8)", AVX2, True), ("n_of_m(1, 3)", AVX2, False), ("n_of_m(2, 4)", NEON, True),
+    ):  # fmt: skip
+        source = linear_source(kernel(text, 1, target), target)
+        assert ("spgen_table_of_spread" in source and "rank = cells" not in source) == spread
+        assert ("stored_count" in source) == (target is AVX512 or not spread)
+
+
 def test_gradients() -> None:
     request = Request("float32", Layout.read("blocks(64, 48)"), "float32", False, AVX512)
     source = sampled_source(sampled_kernel_of(request, sampled_tiles()), AVX512)

@@ -8,6 +8,7 @@ from spgen.templates.render import render
 from spgen.templates.tvm.schedule import Isa, isa_of
 from spgen.templates.tvm.weights.schedule import (
     NEAR,
+    apart,
     check,
     check_sampled,
     dot_rows,
@@ -17,6 +18,7 @@ from spgen.templates.tvm.weights.schedule import (
     sampled_scratch,
     sampled_tile,
     segment_of,
+    slots,
     tiles_of,
 )
 
@@ -41,6 +43,8 @@ def linear_source(kernel: Op, target: Target) -> str:
         segment=segment_of(kernel),
         value_bits=_BITS.get(kernel["values"], 8),
         expands=expands(kernel, isa),
+        slots=slots(kernel, isa),
+        apart=apart(kernel, isa),
         halves=halves(kernel, isa),
         picks=picks(kernel, isa),
         near=NEAR,
@@ -84,13 +88,15 @@ def _stored(kernel: Op, isa: Isa) -> str:
     whole = kernel["storage"] == "n_of_m" and isa.lanes % kernel["cols"] == 0
     each = isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0
     permutes = _permutes(kernel["values"], isa, each)
+    wanted = slots(kernel, isa) or (kernel["storage"] != "blocks" and expands(kernel, isa) and not apart(kernel, isa))
     return render(
         "tvm/weights/stored.ll.jinja",
         lanes=isa.lanes,
         dtype=kernel["values"],
         converts=isa.converts,
+        apart=apart(kernel, isa) and kernel["storage"] != "blocks" and expands(kernel, isa),
         permutes=permutes,
-        spread=_spread(permutes, kernel["values"], isa.lanes, each),
+        spread=_spread(kernel, permutes, min(isa.lanes, 8), each) if wanted else [],
         padded=kernel["storage"] == "bitmap",
         halves=halves(kernel, isa),
         places=_places(kernel) if picks(kernel, isa) else [],
@@ -104,24 +110,26 @@ def _permutes(values: str, isa: Isa, each: int) -> str:
     return "shl" if fits and isa.permutes != "expand" else isa.permutes
 
 
-def _spread(permutes: str, values: str, lanes: int, each: int) -> list[list[int]]:
+def _spread(kernel: Op, permutes: str, lanes: int, each: int) -> list[list[int]]:
     """By the bits of a mask, what its values need to come into the lanes of those bits, a row of bytes.
 
     The number of each lane's value; for NEON those of its bytes; for shifts how far it is from the top of a word.
-    Blanks have that of a value that is zero, if there is one, else -1.
+    Groups that are not full have zeros behind their values. Blanks have the number of a value that is zero, if there
+    is one for sure, else -1.
     """
-    if permutes == "expand":
-        return []
-    in_word = _SHIFTED.get(values, 0)
-    blank = in_word - 1 if permutes == "shl" else lanes - 1 if 0 < each < lanes and permutes != "tbl" else -1
-    rows = [
-        [(mask % 2**lane).bit_count() if mask >> lane & 1 else blank for lane in range(lanes)]
-        for mask in range(2**lanes)
-    ]
+    in_word = _SHIFTED.get(kernel["values"], 0)
+    blank = {"shl": in_word - 1, "permps": lanes - 1, "": lanes - 1}.get(permutes, -1) if 0 < each < lanes else -1
+    n, m = (kernel["rows"], kernel["cols"]) if each else (lanes, lanes)
+
+    def number(mask: int, lane: int) -> int:
+        group = lane // m
+        return group * n + (mask % 2**lane >> group * m).bit_count() if mask >> lane & 1 else blank
+
+    rows = [[number(mask, lane) for lane in range(lanes)] for mask in range(2**lanes)]
     if permutes == "shl":
-        return [[32 // in_word * (in_word - 1 - number) for number in row] for row in rows]
+        return [[32 // in_word * (in_word - 1 - place) for place in row] for row in rows]
     if permutes == "tbl":
-        return [[-1 if number < 0 else 4 * number + byte for number in row for byte in range(4)] for row in rows]
+        return [[-1 if place < 0 else 4 * place + byte for place in row for byte in range(4)] for row in rows]
     return rows
 
 

@@ -112,6 +112,16 @@ def expands(kernel: Op, isa: Isa) -> bool:
     return bool(isa.lanes % m == 0 and isa.lanes * n // m % 2 == 0)
 
 
+def slots(kernel: Op, isa: Isa) -> bool:
+    """Whether groups that are not full are, too: by a table for the bits of a byte, or of a vector."""
+    return kernel["storage"] == "n_of_m" and expands(kernel, isa) and min(isa.lanes, 8) % kernel["cols"] == 0
+
+
+def apart(kernel: Op, isa: Isa) -> bool:
+    """Whether full groups have a way of their own, by an instruction; of fp32 by LLVM where none permutes vectors."""
+    return isa.permutes == "expand" or (not isa.permutes and kernel["values"] == "float32")
+
+
 def halves(kernel: Op, isa: Isa) -> bool:
     """Whether half of each vector's columns hold values, which then choose from x by AVX-512: zeros cost nothing."""
     n, m = kernel["rows"], kernel["cols"]
