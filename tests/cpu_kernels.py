@@ -16,8 +16,8 @@ ALL_CASES = {**CASES, **MORE_CASES}
 CPU = Target.of("cpu")
 BLOCK_M: int = default_config(64, 64, "float32", CPU).block_m
 OTHERS = {
-    "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", simd=8, registers=16),
-    "sse2": replace(CPU, isa="sse2", arch="x86-64", simd=4, registers=16),
+    "avx2": replace(CPU, isa="avx2", arch="x86-64-v3", features="", simd=8, registers=16),
+    "sse2": replace(CPU, isa="sse2", arch="x86-64", features="", simd=4, registers=16),
     "avx512_bf16": replace(CPU, isa="avx512_bf16", arch="x86-64-v4", features="+avx512bf16", simd=16, registers=32),
 }
 FLAGS = _cpuinfo().get("flags", "").split()

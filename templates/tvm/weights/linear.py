@@ -44,7 +44,7 @@ def linear_source(kernel: Op, target: Target) -> str:
         value_bits=_BITS.get(kernel["values"], 8),
         expands=expands(kernel, isa),
         slots=slots(kernel, isa),
-        apart=apart(kernel, isa),
+        apart=apart(isa),
         halves=halves(kernel, isa),
         picks=picks(kernel, isa),
         near=NEAR,
@@ -88,13 +88,13 @@ def _stored(kernel: Op, isa: Isa) -> str:
     whole = kernel["storage"] == "n_of_m" and isa.lanes % kernel["cols"] == 0
     each = isa.lanes // kernel["cols"] * kernel["rows"] if whole and expands(kernel, isa) else 0
     permutes = _permutes(kernel["values"], isa, each)
-    wanted = slots(kernel, isa) or (kernel["storage"] != "blocks" and expands(kernel, isa) and not apart(kernel, isa))
+    wanted = slots(kernel, isa) or (kernel["storage"] != "blocks" and expands(kernel, isa) and not apart(isa))
     return render(
         "tvm/weights/stored.ll.jinja",
         lanes=isa.lanes,
         dtype=kernel["values"],
         converts=isa.converts,
-        apart=apart(kernel, isa) and kernel["storage"] != "blocks" and expands(kernel, isa),
+        apart=apart(isa) and kernel["storage"] != "blocks" and expands(kernel, isa),
         permutes=permutes,
         spread=_spread(kernel, permutes, min(isa.lanes, 8), each) if wanted else [],
         padded=kernel["storage"] == "bitmap",
@@ -118,7 +118,8 @@ def _spread(kernel: Op, permutes: str, lanes: int, each: int) -> list[list[int]]
     is one for sure, else -1.
     """
     in_word = _SHIFTED.get(kernel["values"], 0)
-    blank = {"shl": in_word - 1, "permps": lanes - 1, "": lanes - 1}.get(permutes, -1) if 0 < each < lanes else -1
+    zero = lanes - 1 if 0 < each < lanes and permutes in ("permps", "") else -1
+    blank = in_word - 1 if permutes == "shl" else zero
     n, m = (kernel["rows"], kernel["cols"]) if each else (lanes, lanes)
 
     def number(mask: int, lane: int) -> int:

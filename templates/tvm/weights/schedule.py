@@ -117,9 +117,9 @@ def slots(kernel: Op, isa: Isa) -> bool:
     return kernel["storage"] == "n_of_m" and expands(kernel, isa) and min(isa.lanes, 8) % kernel["cols"] == 0
 
 
-def apart(kernel: Op, isa: Isa) -> bool:
-    """Whether full groups have a way of their own, by an instruction; of fp32 by LLVM where none permutes vectors."""
-    return isa.permutes == "expand" or (not isa.permutes and kernel["values"] == "float32")
+def apart(isa: Isa) -> bool:
+    """Whether groups that are full have a way of their own, an instruction."""
+    return isa.permutes == "expand"
 
 
 def halves(kernel: Op, isa: Isa) -> bool:
