@@ -96,11 +96,17 @@ def test_weights_are_read_before_they_are_replaced(values: str, warpgroups: int,
     """The same sums at each call: copies overtake reads only now and then, most often of two programs side by side."""
     options = {"warpgroups": warpgroups, "programs": programs, "shares": 2, "stages": 2, "together": 2, "x_stages": 8}
     config = {**dict(EXPANDED), **options, "block_m": 32}
-    product = Product(32, 14336, 4096, "n_of_m(2, 4)", "bfloat16", values, density=1.0, config=tuple(config.items()))
-    y = check(product, target(), "cuda")
-    x, weights, _ = product.tensors("cuda")
-    for _ in range(100):
-        assert torch.equal(run(product, target(), x, weights), y)
+    x, (rows,), _ = Product(32, 128, 4096, "n_of_m(2, 4)", "bfloat16", values, density=1.0).tensors("cuda")
+    times = 112  # programs side by side on most multiprocessors
+    scales = None if rows.scales is None else rows.scales.repeat(times)
+    tall = (128 * times, 4096)
+    weight = Stored(rows.layout, tall, rows.values.repeat(times, 1), (rows.index[0].repeat(times, 1),), scales)
+    product = Product(32, *tall, "n_of_m(2, 4)", "bfloat16", values, density=1.0, config=tuple(config.items()))
+    y = run(product, target(), x, [weight])
+    wanted = (x.double() @ rows.dense().double().T).repeat(1, times)
+    assert (y.double() - wanted).norm() <= 6e-3 * wanted.norm()
+    for _ in range(200):
+        assert torch.equal(run(product, target(), x, [weight]), y)
 
 
 @pytest.mark.parametrize("values", ["", "float8_e4m3fn", "int4"])
