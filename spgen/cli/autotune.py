@@ -86,11 +86,13 @@ def autotune(
     if offline:
         _offline(_of_attention(cases), target, effort.value)
         return
-    known.update(path)  # a file that cannot be written is told before minutes of work, not after
     states = [(case, _finished(known, case, target, effort)) for case in cases]
-    done = [record for _, record in states if record is not None]
+    found = [record for _, record in states if record is not None]
     left = [case for case, record in states if record is None]
-    found = [*done, *(_run(left, target, known, path, effort.value, devices or "0") if left else [])]
+    if left:
+        places = _places(target, devices or "0")
+        known.update(path)  # a file that cannot be written is told before minutes of work, not after
+        found += _run(left, places, known, path, effort.value)
     _show(found, path)
 
 
@@ -202,10 +204,8 @@ def _default(case: Case, target: Target) -> Config:
     return default_of(replace(request, config=None), sizes)
 
 
-def _run(
-    cases: Sequence[AnyCase], target: Target, known: Records, path: Path, effort: str, devices: str
-) -> list[Record]:
-    """Tune on the devices of this machine, with a progress bar."""
+def _run(cases: Sequence[AnyCase], places: list[Place], known: Records, path: Path, effort: str) -> list[Record]:
+    """Tune on these devices, with a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -231,7 +231,7 @@ def _run(
             else:
                 found.append(result)
 
-        session = Session(cases, _places(target, devices), known, path, effort, said, finished)
+        session = Session(cases, places, known, path, effort, said, finished)
         try:
             session.run()
         except KeyboardInterrupt:

@@ -218,6 +218,12 @@ def test_bad_input_is_named(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize("target", ["a100", "aarch64"])
+def test_a_target_that_is_not_here_leaves_no_file(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("causal()", "--target", target, "--records", str(tmp_path / "mine.json"), monkeypatch=monkeypatch) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_ranks_for_a_gpu_that_is_not_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     from spgen.autotune import search
